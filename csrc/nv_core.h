@@ -1,0 +1,165 @@
+/* Owns: the whole C API, one contract comment per function.
+ * Must not know: Python, frame ids, what the bytes mean. */
+#ifndef NV_CORE_H
+#define NV_CORE_H
+
+#include <errno.h>
+#include <poll.h>
+#include <stdint.h>
+
+/* Every function returns >= 0, or a negative errno value. Six values never come from the system
+ * calls used here and carry a meaning of our own: */
+#define NV_E_TICK EAGAIN         /* wait.tick_ns has passed; nothing failed, call again */
+#define NV_E_DEADLINE ETIME      /* wait.deadline_ns has passed */
+#define NV_E_CANCELLED ECANCELED /* wait.cancel_fd became readable */
+#define NV_E_DIED EOWNERDEAD     /* wait.watch_fd hung up */
+#define NV_E_SHORT ENODATA       /* the source ended before its declared length */
+#define NV_E_PEER EREMCHG        /* strict gate: a peer with another CID connected */
+#define NV_E_READY EBADMSG       /* the peer's first byte is not the ready byte */
+
+#define NV_CID_ANY 0xffffffffu /* nv_gate.want_cid: admit any peer */
+#define NV_GATE_PENDING 64     /* connections a gate keeps waiting for their ready byte */
+
+/* When a call must give up. Times are absolute CLOCK_MONOTONIC nanoseconds. tick_ns bounds how long
+ * C stays away from its caller, so that signal handlers and progress reports run. A descriptor of
+ * -1 is not watched. */
+struct nv_wait {
+    int64_t deadline_ns;
+    int64_t tick_ns;
+    int32_t cancel_fd;
+    int32_t watch_fd;
+};
+
+/* Who is at the other end. AF_VSOCK fills cid and port, AF_UNIX pid, uid and gid; what does not
+ * apply is 0. */
+struct nv_peer {
+    int32_t family;
+    uint32_t cid;
+    uint32_t port;
+    int32_t pid;
+    uint32_t uid;
+    uint32_t gid;
+};
+
+/* Admission of the one peer that counts among any number of strangers. The caller sets listen_fd,
+ * want_cid, strict and ready, zeroes the rest, and calls nv_gate_close in the end. The struct owns
+ * pending[] and admitted_fd: a call that returns early loses nothing, the next one goes on. */
+struct nv_gate {
+    int32_t listen_fd;
+    uint32_t want_cid;
+    int32_t strict;
+    uint8_t ready;
+    uint8_t admitted; /* 1: admitted_fd and peer are set, and the caller may take the descriptor */
+    int32_t admitted_fd;
+    struct nv_peer peer;      /* the admitted peer; after NV_E_PEER or NV_E_READY the refused one */
+    uint32_t refused_cid;     /* closed: came from another CID */
+    uint32_t refused_ready;   /* closed: first byte was not the ready byte */
+    uint32_t refused_closed;  /* closed: went away before it was admitted */
+    uint32_t refused_crowded; /* closed: the oldest silent one, when pending[] was full */
+    uint32_t npending;
+    int32_t pending[NV_GATE_PENDING];
+    struct nv_peer peers[NV_GATE_PENDING];
+};
+
+/* How payload leaves a descriptor. */
+enum nv_strategy {
+    NV_SENDFILE = 1, /* regular files: the kernel moves pages */
+    NV_SPLICE = 2,   /* pipes */
+    NV_MMAP = 3,     /* regular files through a mapping, one window at a time */
+    NV_READ = 4      /* anything readable, through the staging buffer */
+};
+
+/* A run of payload behind a descriptor. offset is used where the descriptor can seek, and the
+ * descriptor's own position is then left alone. stage must be page-aligned memory of stage_size
+ * bytes (a multiple of 64 KiB); stage_pos and stage_end must start as 0 and keep what was read from
+ * a descriptor that cannot seek but not sent yet. */
+struct nv_source {
+    int32_t fd;
+    int32_t strategy; /* enum nv_strategy; set to NV_READ when the kernel refuses it */
+    int32_t seekable;
+    uint64_t offset;
+    uint64_t length;
+    uint8_t *stage;
+    uint64_t stage_size;
+    uint64_t stage_pos;
+    uint64_t stage_end;
+};
+
+/* How far a transfer got: exact after every return, error or not. */
+struct nv_xfer {
+    uint64_t done;       /* bytes the socket took */
+    uint64_t calls;      /* system calls that moved bytes or tried to */
+    int32_t from_source; /* 1: the error returned is the source's, not the socket's */
+};
+
+/* nv_listen.c */
+
+/* Listening AF_VSOCK socket, non-blocking and close-on-exec. Returns the descriptor. */
+int nv_listen_vsock(uint32_t cid, uint32_t port, int backlog);
+
+/* Listening AF_UNIX stream socket at path (length bytes, at most 107; no trailing NUL needed).
+ * Returns the descriptor; the caller unlinks the path. */
+int nv_listen_unix(const char *path, uint32_t length, int backlog);
+
+/* Connect to an AF_VSOCK address or a Unix path. *fd_out receives the descriptor as soon as it
+ * exists and is the caller's, also after an error; it must be -1 on the first call, and a call that
+ * returned NV_E_TICK or EINTR is repeated with the same *fd_out. Returns 0. */
+int nv_connect_vsock(uint32_t cid, uint32_t port, const struct nv_wait *w, int32_t *fd_out);
+int nv_connect_unix(const char *path, uint32_t length, const struct nv_wait *w, int32_t *fd_out);
+
+/* Accept a connection that is already there, and say who it is. *fd_out receives the descriptor as
+ * soon as it exists and is the caller's, also after an error. Returns 0, or -EAGAIN where none
+ * waits. */
+int nv_accept(int listen_fd, struct nv_peer *peer, int32_t *fd_out);
+
+/* Enlarge SO_SNDBUF to want bytes or as near as the kernel allows; *got receives what it reports
+ * afterwards. Returns 0. */
+int nv_enlarge_sndbuf(int fd, int want, int32_t *got);
+
+/* nv_handshake.c */
+
+/* Accept until one peer from want_cid sends the ready byte, and answer it. Strangers are closed
+ * and counted; with strict the first of them ends the call with NV_E_PEER or NV_E_READY. Returns 0
+ * with gate->admitted set. */
+int nv_gate_admit(struct nv_gate *gate, const struct nv_wait *w);
+
+/* Close every connection the gate still owns. The listening socket is not the gate's. */
+void nv_gate_close(struct nv_gate *gate);
+
+/* The connecting side: send the ready byte, then expect it back. *sent keeps the progress between
+ * calls and starts as 0. Returns 0; NV_E_READY where another byte came, NV_E_SHORT where the peer
+ * closed instead. */
+int nv_handshake(int fd, uint8_t ready, const struct nv_wait *w, uint64_t *sent);
+
+/* nv_stream.c */
+
+/* Send buf from x->done to length. Returns 0 when all of it is in the socket. */
+int nv_send(int fd, const uint8_t *buf, uint64_t length, const struct nv_wait *w,
+            struct nv_xfer *x);
+
+/* Send s->length bytes from s->fd, from x->done on. Falls back to NV_READ at the same offset where
+ * the kernel refuses the strategy. Raises no SIGPIPE and leaves the signal mask as it was. Returns
+ * 0 when all of it is in the socket. */
+int nv_send_from(int fd, struct nv_source *s, const struct nv_wait *w, struct nv_xfer *x);
+
+/* Receive between 1 and length bytes with one recv. *got receives the count, 0 at end of stream.
+ * Returns 0. */
+int nv_recv(int fd, uint8_t *buf, uint64_t length, const struct nv_wait *w, uint64_t *got);
+
+/* nv_wait.c: for the other files of this folder only */
+
+#define NV_GUARDS 2 /* entries nv_wait_any keeps for itself */
+
+/* Wait until one of fds[NV_GUARDS..count) has an event; the first NV_GUARDS entries are filled in
+ * here. Returns 0 with revents set, or -NV_E_CANCELLED, -NV_E_DIED, -NV_E_DEADLINE, -NV_E_TICK in
+ * this order of precedence. */
+int nv_wait_any(struct pollfd *fds, nfds_t count, const struct nv_wait *w);
+
+/* The same for one descriptor. */
+int nv_wait_fd(int fd, short events, const struct nv_wait *w);
+
+/* The same verdicts without waiting: 0, or why the caller must stop now. The two guards are looked
+ * at once a tick only, so the call is cheap enough for every iteration. */
+int nv_check(const struct nv_wait *w);
+
+#endif

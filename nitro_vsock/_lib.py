@@ -1,0 +1,256 @@
+"""Owns: every call into the compiled core: types, EINTR and tick retries, return code -> exception.
+
+The only importer of the compiled module. Must not know: frames, addresses, who owns a descriptor.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from nitro_vsock import errors
+from nitro_vsock._core import ffi, lib
+from nitro_vsock.deadline import Deadline
+from nitro_vsock.errors import Stage
+from nitro_vsock.progress import Meter
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+TICK_NS: Final = 50_000_000
+"""C returns at least this often, so that signal handlers run although the signal reached another
+thread, or this one between two system calls."""
+
+STAGE_BYTES: Final = 1 << 20
+"""Staging buffer of the read strategy; memory is touched only where it is used."""
+
+SENDFILE: Final = int(lib.NV_SENDFILE)
+SPLICE: Final = int(lib.NV_SPLICE)
+MMAP: Final = int(lib.NV_MMAP)
+READ: Final = int(lib.NV_READ)
+
+
+@dataclass(frozen=True)
+class PeerInfo:
+    """Who the kernel says is at the other end; what does not apply to the family is 0."""
+
+    family: int
+    cid: int
+    port: int
+    pid: int
+    uid: int
+    gid: int
+
+
+class Guard:
+    """What ends a call early: the deadline, a cancel descriptor, a watched descriptor."""
+
+    def __init__(self, deadline: Deadline, cancel_fd: int = -1, watch_fd: int = -1) -> None:
+        self.wait = ffi.new("struct nv_wait *")
+        self.wait.deadline_ns = deadline.ns
+        self.wait.cancel_fd = cancel_fd
+        self.wait.watch_fd = watch_fd
+        self.next_tick()
+
+    def next_tick(self) -> None:
+        """Allow the next call into C another tick."""
+        self.wait.tick_ns = time.monotonic_ns() + TICK_NS
+
+
+def _drive(call: Callable[[], int], guard: Guard, on_tick: Callable[[], None] | None = None) -> int:
+    """Repeat a call over signals and ticks; return 0 or the positive errno value it ends with.
+
+    Python runs signal handlers between two rounds, so Ctrl-C is raised from here.
+    """
+    while True:
+        code = -call()
+        if code == lib.NV_E_TICK:
+            guard.next_tick()
+            if on_tick is not None:
+                on_tick()
+        elif code != errno.EINTR:
+            return code
+
+
+def listen_vsock(cid: int, port: int, backlog: int) -> int:
+    """Return a listening descriptor; raise what ERRNO_TABLE says for stage bind."""
+    return _bound(lib.nv_listen_vsock(cid, port, backlog))
+
+
+def listen_unix(path: bytes, backlog: int) -> int:
+    """Return a listening descriptor; raise what ERRNO_TABLE says for stage bind."""
+    return _bound(lib.nv_listen_unix(path, len(path), backlog))
+
+
+def _bound(code: int) -> int:
+    if code < 0:
+        raise errors.from_errno(-code, Stage.BIND)
+    return code
+
+
+def connect_vsock(cid: int, port: int, guard: Guard) -> int:
+    """Return a connected descriptor; raise what ERRNO_TABLE says for stage connect."""
+    return _connect(lambda out: lib.nv_connect_vsock(cid, port, guard.wait, out), guard)
+
+
+def connect_unix(path: bytes, guard: Guard) -> int:
+    """Return a connected descriptor; raise what ERRNO_TABLE says for stage connect."""
+    return _connect(lambda out: lib.nv_connect_unix(path, len(path), guard.wait, out), guard)
+
+
+def _connect(call: Callable[[Any], int], guard: Guard) -> int:
+    out = ffi.new("int32_t *", -1)
+    try:
+        code = _drive(lambda: call(out), guard)
+        if code:
+            raise errors.from_errno(code, Stage.CONNECT)
+        fd, out[0] = int(out[0]), -1
+        return fd
+    finally:
+        if out[0] >= 0:
+            os.close(out[0])
+
+
+class Gate:
+    """Admits the one peer that counts; owns every connection that is not admitted.
+
+    Use as a context manager: leaving it closes what is left.
+    """
+
+    def __init__(self, listen_fd: int, want_cid: int | None, ready: int, *, strict: bool) -> None:
+        self._gate = ffi.new("struct nv_gate *")
+        self._gate.listen_fd = listen_fd
+        self._gate.want_cid = lib.NV_CID_ANY if want_cid is None else want_cid
+        self._gate.strict = strict
+        self._gate.ready = ready
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        lib.nv_gate_close(self._gate)
+
+    def admit(self, guard: Guard) -> int:
+        """Wait for the peer; return its descriptor, which is the caller's from then on.
+
+        Raises what ERRNO_TABLE says: for stage handshake where a connected peer kept silent, for
+        stage accept otherwise.
+        """
+        gate = self._gate
+        code = _drive(lambda: lib.nv_gate_admit(gate, guard.wait), guard)
+        if code:
+            raise errors.from_errno(code, Stage.HANDSHAKE if gate.npending else Stage.ACCEPT)
+        gate.admitted = 0
+        return int(gate.admitted_fd)
+
+    @property
+    def peer(self) -> PeerInfo:
+        """The admitted peer, or the one a strict gate refused."""
+        peer = self._gate.peer
+        return PeerInfo(peer.family, peer.cid, peer.port, peer.pid, peer.uid, peer.gid)
+
+    @property
+    def refused(self) -> dict[str, int]:
+        """Strangers by reason."""
+        gate = self._gate
+        return {
+            "cid": gate.refused_cid,
+            "ready": gate.refused_ready,
+            "closed": gate.refused_closed,
+            "crowded": gate.refused_crowded,
+        }
+
+
+def handshake(fd: int, ready: int, guard: Guard) -> None:
+    """Exchange the ready byte as the connecting side."""
+    sent = ffi.new("uint64_t *")
+    code = _drive(lambda: lib.nv_handshake(fd, ready, guard.wait, sent), guard)
+    if code:
+        raise errors.from_errno(code, Stage.HANDSHAKE)
+
+
+def enlarge_sndbuf(fd: int, want: int) -> int:
+    """Enlarge the send buffer towards `want` bytes; return what the kernel reports afterwards.
+
+    A kernel that refuses is no error: the transfer only gets slower.
+    """
+    got = ffi.new("int32_t *")
+    return int(got[0]) if lib.nv_enlarge_sndbuf(fd, want, got) == 0 else 0
+
+
+def send(fd: int, data: bytes | memoryview, guard: Guard, meter: Meter) -> None:
+    """Send all of a buffer; the meter is exact also after an error."""
+    view = ffi.from_buffer("uint8_t[]", data)
+    length = len(view)
+    _transfer(lambda xfer: lib.nv_send(fd, view, length, guard.wait, xfer), guard, meter)
+
+
+def send_from(
+    fd: int,
+    source_fd: int,
+    offset: int,
+    length: int,
+    strategy: int,
+    guard: Guard,
+    meter: Meter,
+    *,
+    seekable: bool,
+) -> int:
+    """Send `length` bytes of a descriptor; return the strategy in use at the end.
+
+    The meter is exact also after an error.
+    """
+    with mmap.mmap(-1, STAGE_BYTES) as stage, ffi.from_buffer("uint8_t[]", stage) as memory:
+        source = ffi.new("struct nv_source *")
+        source.fd = source_fd
+        source.strategy = strategy
+        source.seekable = seekable
+        source.offset = offset
+        source.length = length
+        source.stage = memory
+        source.stage_size = STAGE_BYTES
+        _transfer(lambda xfer: lib.nv_send_from(fd, source, guard.wait, xfer), guard, meter)
+        return int(source.strategy)
+
+
+def _transfer(call: Callable[[Any], int], guard: Guard, meter: Meter) -> None:
+    """Drive a call that keeps its progress in a struct nv_xfer, and keep the meter in step."""
+    xfer = ffi.new("struct nv_xfer *")
+    base, base_calls = meter.done, meter.calls
+
+    def count() -> None:
+        meter.done = base + xfer.done
+        meter.calls = base_calls + xfer.calls
+
+    def on_tick() -> None:
+        count()
+        meter.tick()
+
+    try:
+        code = _drive(lambda: call(xfer), guard, on_tick)
+    finally:
+        count()
+    if code:
+        raise errors.from_errno(
+            code,
+            meter.stage,
+            source=bool(xfer.from_source),
+            bytes_sent=meter.done,
+            total=meter.total,
+        )
+
+
+def receive(fd: int, view: memoryview, guard: Guard, meter: Meter) -> int:
+    """Receive with one recv into a writable buffer; return the count, 0 at end of stream."""
+    buffer = ffi.from_buffer("uint8_t[]", view, require_writable=True)
+    length = len(buffer)
+    got = ffi.new("uint64_t *")
+    code = _drive(lambda: lib.nv_recv(fd, buffer, length, guard.wait, got), guard, meter.tick)
+    if code:
+        raise errors.from_errno(code, meter.stage, bytes_sent=meter.done, total=meter.total)
+    return int(got[0])

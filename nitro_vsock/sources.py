@@ -1,0 +1,280 @@
+"""Owns: where the root file system's bytes come from, with an exact length known before the first.
+
+Must not know: sockets, frames, strategies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Union
+
+from nitro_vsock.errors import (
+    InvalidArgumentError,
+    SourceChangedError,
+    SourceReadError,
+    Stage,
+    require_int,
+)
+from nitro_vsock.transport import FilePayload
+
+_FD_MAX: Final = (1 << 31) - 1
+_OFF_MAX: Final = (1 << 63) - 1
+_MAGIC_BYTES: Final = 6
+_COMPRESSED: Final = (
+    (b"\x1f\x8b", "gzip", "gzip -d"),
+    (b"BZh", "bzip2", "bzip2 -d"),
+    (b"\xfd7zXZ\x00", "xz", "xz -d"),
+    (b"\x28\xb5\x2f\xfd", "zstd", "zstd -d"),
+)
+
+Payload = Union[FilePayload, memoryview]
+PathLike = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
+
+
+@dataclass
+class OpenRootfs:
+    """A source that is open for one launch and must be closed after it.
+
+    Attributes:
+        payload: the bytes: a run of a descriptor, or memory.
+        name: what to call it in messages.
+    """
+
+    payload: Payload
+    name: str
+    _fd: int = -1
+    _as_opened: tuple[int, int] | None = None
+
+    @property
+    def length(self) -> int:
+        """Exact number of bytes that will be sent."""
+        payload = self.payload
+        return payload.length if isinstance(payload, FilePayload) else payload.nbytes
+
+    def verify(self) -> None:
+        """Check that the file was not written to since it was opened; call it before Finished.
+
+        A file that only grew passes: what was declared was sent. A descriptor or memory of the
+        caller's passes always: its content is the caller's business.
+
+        Raises:
+            SourceChangedError: the modification time moved and the size did not, or it shrank.
+        """
+        if self._as_opened is None:
+            return
+        size, mtime = self._as_opened
+        now = os.fstat(self._fd)
+        if now.st_size < size or (now.st_size == size and now.st_mtime_ns != mtime):
+            raise SourceChangedError(
+                f"{self.name} was written to while it was sent", stage=Stage.ROOTFS
+            )
+
+    def close(self) -> None:
+        """Close what was opened here; any number of times."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class Rootfs:
+    """The root file system's archive: a plain tar whose members lie under `rootfs/`.
+
+    Made by one of the class methods, which look at the source at once, so that a mistake shows
+    where it was made. It holds no descriptor: each launch opens the source for itself.
+    """
+
+    def __init__(self, opener: Callable[[], OpenRootfs]) -> None:
+        """For this module; use the class methods."""
+        self._opener = opener
+        source = opener()
+        try:
+            self.name = source.name
+            self.length = source.length
+        finally:
+            source.close()
+
+    def open(self) -> OpenRootfs:
+        """Open the source and measure it anew.
+
+        Raises:
+            InvalidArgumentError, SourceReadError: as the class methods do.
+        """
+        return self._opener()
+
+    @classmethod
+    def from_file(cls, path: PathLike) -> Rootfs:
+        """Use a file, whole, as long as it is when the launch begins to listen.
+
+        Args:
+            path: of a readable regular file.
+
+        Raises:
+            InvalidArgumentError: not a regular file, empty, or compressed.
+            SourceReadError: it cannot be opened; errno says why.
+        """
+        return cls(lambda: _open_file(path))
+
+    @classmethod
+    def from_fd(cls, fd: int, offset: int | None = None, length: int | None = None) -> Rootfs:
+        """Use a descriptor. Its offset and flags are left as they are.
+
+        The descriptor must stay open until the launch begins to listen, which duplicates it.
+
+        Args:
+            fd: readable: a file, memfd, block device, pipe, FIFO or character device. What is read
+                from one that cannot seek is gone, as ever.
+            offset: where the archive begins, in bytes; the descriptor's own offset by default. Must
+                be left out where it cannot seek.
+            length: bytes to send; up to the end of the file by default. Needed where the
+                descriptor has no size.
+
+        Raises:
+            InvalidArgumentError: not an open readable descriptor, offset or length out of range or
+                past the end of the file, empty, or compressed.
+            SourceReadError: it cannot be looked at; errno says why.
+        """
+        return cls(lambda: _open_fd(fd, offset, length))
+
+    @classmethod
+    def from_bytes(cls, data: Any) -> Rootfs:
+        """Use memory: anything contiguous with the buffer protocol, an mmap included.
+
+        It is not copied, and must not be changed before the launch is over.
+
+        Raises:
+            InvalidArgumentError: no such buffer, empty, or compressed.
+        """
+        try:
+            view = memoryview(data).cast("B")
+        except TypeError as error:
+            raise InvalidArgumentError(
+                "rootfs", type(data).__name__, f"must be a contiguous buffer ({error})"
+            ) from None
+        return cls(lambda: _open_memory(view))
+
+    def __repr__(self) -> str:
+        return f"<Rootfs {self.name} {self.length} bytes>"
+
+
+def _open_memory(view: memoryview) -> OpenRootfs:
+    source = OpenRootfs(view, f"{view.nbytes} bytes of memory")
+    _refuse_empty(source)
+    _refuse_compressed(source, bytes(view[:_MAGIC_BYTES]))
+    return source
+
+
+def _open_file(path: PathLike) -> OpenRootfs:
+    try:
+        # O_NONBLOCK: opening a FIFO must not wait for its writer.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError("rootfs", path, f"must be a path ({error})") from None
+    except OSError as error:
+        raise SourceReadError(
+            f"rootfs {os.fsdecode(path)!r} cannot be opened: {error.strerror}",
+            errno=error.errno,
+            stage=Stage.VALIDATE,
+        ) from error
+    name = os.fsdecode(path)
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise InvalidArgumentError(
+                "rootfs", name, "must be a regular file (pipes and devices: Rootfs.from_fd)"
+            )
+        payload = FilePayload(fd, 0, found.st_size, found.st_mode, seekable=True)
+        source = OpenRootfs(payload, name, fd, (found.st_size, found.st_mtime_ns))
+        return _checked(source)
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _open_fd(fd: int, offset: int | None, length: int | None) -> OpenRootfs:
+    require_int("rootfs fd", fd, 0, _FD_MAX)
+    if offset is not None:
+        require_int("rootfs offset", offset, 0, _OFF_MAX)
+    if length is not None:
+        require_int("rootfs length", length, 1, _OFF_MAX - (offset or 0))
+    try:
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+    except OSError as error:
+        limit = f"must be an open descriptor ({error.strerror})"
+        raise InvalidArgumentError("rootfs fd", fd, limit) from None
+    name = f"descriptor {fd}"
+    try:
+        if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
+            raise InvalidArgumentError("rootfs fd", fd, "must be open for reading")
+        found = os.fstat(own)
+        if stat.S_ISDIR(found.st_mode):
+            raise InvalidArgumentError("rootfs fd", fd, "must not be a directory")
+        return _checked(OpenRootfs(_payload(own, found.st_mode, offset, length), name, own))
+    except BaseException:
+        os.close(own)
+        raise
+
+
+def _payload(fd: int, mode: int, offset: int | None, length: int | None) -> FilePayload:
+    try:
+        position = os.lseek(fd, 0, os.SEEK_CUR)
+    except OSError:
+        if offset is not None:
+            raise InvalidArgumentError(
+                "rootfs offset", offset, "must be left out for a descriptor that cannot seek"
+            ) from None
+        if length is None:
+            raise InvalidArgumentError(
+                "rootfs length", None, "must be given for a descriptor that cannot seek"
+            ) from None
+        return FilePayload(fd, 0, length, mode, seekable=False)
+    begin = position if offset is None else offset
+    if stat.S_ISREG(mode):
+        size = os.fstat(fd).st_size
+        # Files of /proc and the like say 0 and can be read all the same.
+        if length is None:
+            length = max(size - begin, 0)
+        elif size and begin + length > size:
+            limit = f"must end within the file's {size} bytes (offset {begin})"
+            raise InvalidArgumentError("rootfs length", length, limit)
+    elif length is None:
+        raise InvalidArgumentError("rootfs length", None, "must be given for a device")
+    return FilePayload(fd, begin, length, mode, seekable=True)
+
+
+def _checked(source: OpenRootfs) -> OpenRootfs:
+    payload = source.payload
+    assert isinstance(payload, FilePayload)  # noqa: S101 - the callers made it
+    _refuse_empty(source)
+    if payload.seekable and stat.S_ISREG(payload.mode):
+        _refuse_compressed(source, _peek(payload, source.name))
+    return source
+
+
+def _peek(payload: FilePayload, name: str) -> bytes:
+    flags = fcntl.fcntl(payload.fd, fcntl.F_GETFL)
+    if flags & os.O_DIRECT:
+        return b""  # would need aligned memory
+    try:
+        return os.pread(payload.fd, min(_MAGIC_BYTES, payload.length), payload.offset)
+    except OSError as error:
+        raise SourceReadError(
+            f"rootfs {name} cannot be read: {error}", errno=error.errno, stage=Stage.VALIDATE
+        ) from error
+
+
+def _refuse_empty(source: OpenRootfs) -> None:
+    if source.length == 0:
+        raise InvalidArgumentError("rootfs", source.name, "must not be empty")
+
+
+def _refuse_compressed(source: OpenRootfs, head: bytes) -> None:
+    for magic, kind, command in _COMPRESSED:
+        if head.startswith(magic):
+            raise InvalidArgumentError(
+                "rootfs", source.name, f"must be a plain tar, this is {kind}: run `{command}` first"
+            )
