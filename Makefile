@@ -1,0 +1,41 @@
+# Owns: the commands a person types. Each makes .venv by itself; nothing else needs to be set up.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CORE := setup.py pyproject.toml $(wildcard csrc/*)
+GCC_LINT := -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
+
+.PHONY: help demo test lint format clean
+.DELETE_ON_ERROR:
+
+help: ## list the commands
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
+
+# One stamp an extra, so that `make demo` installs no test tools.
+$(VENV)/.%: $(CORE) scripts/venv.sh
+	PYTHON=$(PYTHON) scripts/venv.sh $(VENV) $*
+	@touch $@
+
+demo: $(VENV)/.cli ## one launch on this machine, real bytes, no enclave needed; ARGS="--size 4GiB"
+	$(BIN)/nitro-vsock demo $(ARGS)
+
+test: $(VENV)/.test ## the test suite; ARGS="-k name" passes options to pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.dev ## types, style, C warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.[ch] tests/*.c
+	$(foreach file,$(wildcard csrc/*.c),gcc $(GCC_LINT) -fsyntax-only $(file) &&) true
+
+format: $(VENV)/.dev ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix-only --quiet .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.[ch] tests/*.c
+
+clean: ## remove everything that was built, .venv too
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f nitro_vsock/*.so nitro_vsock/_core.c
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,118 @@
+"""The package as it is shipped: sdist and wheel build, install and import elsewhere."""
+
+import ast
+import re
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent
+FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
+
+
+def run(*command, cwd):
+    """Run a command; show what it said when it fails."""
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """A folder with the sdist, and the wheel made from that sdist (not from the work tree)."""
+    folder = tmp_path_factory.mktemp("dist")
+    run(sys.executable, "-m", "build", "--outdir", folder, PROJECT, cwd=folder)
+    return folder
+
+
+def test_wheel_made_from_the_sdist_is_abi3_and_has_all_it_needs(built):
+    """The wheel fits every CPython from 3.10 on and carries py.typed, the core and no sources."""
+    (wheel,) = built.glob("*.whl")
+    if not FREE_THREADED:
+        assert "-cp310-abi3-linux_" in wheel.name
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "nitro_vsock/py.typed" in names
+    assert "nitro_vsock/cli/__init__.py" in names
+    assert [name for name in names if name.startswith("nitro_vsock/_core.") and name[-3:] == ".so"]
+    assert not [name for name in names if name.endswith((".c", ".h", ".cdef"))]
+    assert not [name for name in names if name.startswith(("csrc", "tests", "bench"))]
+
+
+def test_sdist_has_sources_tests_and_documentation(built):
+    """What is needed to build, test and read is in the sdist, and nothing that was built."""
+    (sdist,) = built.glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    for wanted in ("csrc/nv_core.h", "csrc/nv_core.cdef", "tests/peer.py", "LICENSE", "Makefile"):
+        assert wanted in names
+    assert not [name for name in names if name.endswith((".so", ".o", "_core.c", ".pyc"))]
+
+
+def test_sdist_installs_and_imports_in_an_environment_of_its_own(built, tmp_path):
+    """The sdist builds, the library imports with cffi alone, and knows its version."""
+    (sdist,) = built.glob("*.tar.gz")
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", sdist, cwd=tmp_path)
+    said = run(
+        python,
+        "-W",
+        "error",
+        "-c",
+        "import nitro_vsock, sys, importlib.metadata as m;"
+        "print(nitro_vsock.__file__, m.version('nitro_vsock'), 'click' in sys.modules)",
+        cwd=tmp_path,
+    )
+    path, version, clicked = said.split()
+    assert Path(path).is_relative_to(tmp_path)
+    assert version == "0.1.0"
+    assert clicked == "False"
+    listed = run(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path)
+    installed = {line.partition("==")[0].lower() for line in listed.split()}
+    assert installed - {"pip", "setuptools"} == {"nitro_vsock", "cffi", "pycparser"}
+
+
+def imports(path):
+    """Return the full names a Python file imports."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+def test_errno_is_read_by_the_system_call_wrappers_only():
+    """Outside nv_sys.h no C code mentions errno, comments and the include aside."""
+    for path in PROJECT.glob("csrc/*.[ch]"):
+        if path.name != "nv_sys.h":
+            code = re.sub(r"/\*.*?\*/|#include <errno.h>", "", path.read_text(), flags=re.DOTALL)
+            assert not re.search(r"\berrno\b", code), path
+
+
+def test_compiled_core_is_imported_in_one_file_only():
+    """_lib.py is the only importer of the compiled module."""
+    importers = {
+        path.name
+        for path in PROJECT.glob("nitro_vsock/**/*.py")
+        if any(name.startswith("nitro_vsock._core") for name in imports(path))
+    }
+    assert importers == {"_lib.py"}
+
+
+def test_frames_do_no_io():
+    """frames.py and guestrules.py import nothing that does I/O."""
+    for name in ("frames", "guestrules"):
+        for found in imports(PROJECT / f"nitro_vsock/{name}.py"):
+            top = found.split(".")
+            assert top[0] not in {"os", "socket", "time", "select", "io"}
+            assert top[:2] not in (["nitro_vsock", "_lib"], ["nitro_vsock", "transport"])
