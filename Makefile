@@ -6,7 +6,10 @@ BIN := $(VENV)/bin
 CORE := setup.py pyproject.toml $(wildcard csrc/*)
 GCC_LINT := -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
-.PHONY: help demo test lint format clean
+KERNEL ?= 6.1
+VM_FOLDER := build/vsock-$(KERNEL)
+
+.PHONY: help demo test test-vsock lint format clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -22,6 +25,11 @@ demo: $(VENV)/.cli ## one launch on this machine, real bytes, no enclave needed;
 
 test: $(VENV)/.test ## the test suite; ARGS="-k name" passes options to pytest
 	$(BIN)/python -m pytest $(ARGS)
+
+test-vsock: $(VENV)/.vm ## the AF_VSOCK tests: here where CID 1 answers, else in a VM; KERNEL=6.1 or 6.12
+	@mkdir -p $(VM_FOLDER)
+	PYTHONPATH=tests VNG=$(BIN)/vng KERNEL=$(KERNEL) scripts/test-vsock $(VM_FOLDER) \
+	  $(BIN)/python -m pytest -p no:cacheprovider --junitxml=$(VM_FOLDER)/junit.xml $(ARGS)
 
 lint: $(VENV)/.dev ## types, style, C warnings
 	$(BIN)/ruff check .

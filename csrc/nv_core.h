@@ -50,6 +50,7 @@ struct nv_gate {
     int32_t strict;
     uint8_t ready;
     uint8_t admitted; /* 1: admitted_fd and peer are set, and the caller may take the descriptor */
+    uint8_t talked;   /* 1: the error returned is a connection's, not the listening socket's */
     int32_t admitted_fd;
     struct nv_peer peer;      /* the admitted peer; after NV_E_PEER or NV_E_READY the refused one */
     uint32_t refused_cid;     /* closed: came from another CID */
@@ -98,7 +99,7 @@ struct nv_xfer {
 int nv_listen_vsock(uint32_t cid, uint32_t port, int backlog);
 
 /* Listening AF_UNIX stream socket at path (length bytes, at most 107; no trailing NUL needed).
- * Returns the descriptor; the caller unlinks the path. */
+ * Returns the descriptor; the caller unlinks the path. An error leaves none behind. */
 int nv_listen_unix(const char *path, uint32_t length, int backlog);
 
 /* Connect to an AF_VSOCK address or a Unix path. *fd_out receives the descriptor as soon as it

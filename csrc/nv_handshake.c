@@ -116,6 +116,7 @@ int nv_gate_admit(struct nv_gate *g, const struct nv_wait *w) {
         if (ret < 0)
             return ret;
         ret = sift(g);
+        g->talked = ret < 0;
         if (ret != 0)
             return ret < 0 ? ret : 0;
         fds[NV_GUARDS] = (struct pollfd){.fd = g->listen_fd, .events = POLLIN};

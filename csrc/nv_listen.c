@@ -45,9 +45,10 @@ static int listen_at(const union address *a, socklen_t len, int backlog) {
     if (ret < 0)
         goto fail;
     ret = nv_sys_listen(fd, backlog);
-    if (ret < 0)
-        goto fail;
-    return fd;
+    if (ret == 0)
+        return fd;
+    if (a->any.sa_family == AF_UNIX)
+        (void)nv_sys_unlink(a->un.sun_path);
 fail:
     (void)nv_sys_close(fd);
     return ret;

@@ -80,6 +80,19 @@ static int from_source(struct nv_xfer *x, int64_t ret) {
     return (int)ret;
 }
 
+/* Wait for a source that is slow, and notice a peer that goes away meanwhile. */
+static int wait_source(int fd, const struct nv_source *s, const struct nv_wait *w) {
+    struct pollfd fds[NV_GUARDS + 2];
+    int ret;
+
+    fds[NV_GUARDS] = (struct pollfd){.fd = s->fd, .events = POLLIN};
+    fds[NV_GUARDS + 1] = (struct pollfd){.fd = fd};
+    ret = nv_wait_any(fds, NV_GUARDS + 2, w);
+    if (ret < 0 || fds[NV_GUARDS].revents)
+        return ret;
+    return -EPIPE;
+}
+
 /* One step of a kernel-side copy. Returns bytes moved, 0 after a wait. */
 static int64_t step_in_kernel(int fd, struct nv_source *s, const struct nv_wait *w,
                               struct nv_xfer *x) {
@@ -102,7 +115,7 @@ static int64_t step_in_kernel(int fd, struct nv_source *s, const struct nv_wait 
         return from_source(x, -NV_E_SHORT);
     if (ret == -EAGAIN) {
         /* Either end may be the one that is not ready; a regular file always is. */
-        ret = s->strategy == NV_SPLICE ? nv_wait_fd(s->fd, POLLIN, w) : 0;
+        ret = s->strategy == NV_SPLICE ? wait_source(fd, s, w) : 0;
         return ret < 0 ? ret : nv_wait_fd(fd, POLLOUT, w);
     }
     if (is_refusal(ret)) {
@@ -115,11 +128,12 @@ static int64_t step_in_kernel(int fd, struct nv_source *s, const struct nv_wait 
 }
 
 /* A mapping shows zeros between the end of the file and the end of its page, and the kernel's copy
- * from beyond fails with EFAULT. Ask the file which it was. */
+ * from beyond fails with EFAULT. Ask the file which it was; a device has no size to ask for. */
 static int is_cut_short(const struct nv_source *s, uint64_t need) {
     struct stat st;
 
-    return nv_sys_fstat(s->fd, &st) == 0 && (uint64_t)st.st_size < s->offset + need;
+    return nv_sys_fstat(s->fd, &st) == 0 && S_ISREG(st.st_mode) &&
+           (uint64_t)st.st_size < s->offset + need;
 }
 
 /* Send one window of the file through a mapping. Returns > 0 when it moved bytes. */
@@ -132,12 +146,10 @@ static int64_t step_mapped(int fd, struct nv_source *s, const struct nv_wait *w,
     void *map;
     int64_t ret = nv_sys_mmap_read(s->fd, (size_t)(skip + want), (off_t)(at - skip), &map);
 
-    if (is_refusal(ret)) {
+    if (ret < 0) { /* for whatever reason: reading needs no mapping, and says what is wrong */
         s->strategy = NV_READ;
         return 0;
     }
-    if (ret < 0)
-        return from_source(x, ret);
     while (x->done < end && ret >= 0) {
         ret = nv_check(w);
         if (ret == 0)
@@ -176,12 +188,9 @@ static int64_t stage_at(struct nv_source *s, uint64_t done) {
 }
 
 /* The same for one that cannot: what was read stays staged until it is sent. */
-static int64_t stage_next(struct nv_source *s, uint64_t done, const struct nv_wait *w) {
-    int64_t ret = nv_wait_fd(s->fd, POLLIN, w);
+static int64_t stage_next(struct nv_source *s, uint64_t done) {
+    int64_t ret = nv_sys_read(s->fd, s->stage, (size_t)min_u64(s->length - done, s->stage_size));
 
-    if (ret < 0)
-        return ret;
-    ret = nv_sys_read(s->fd, s->stage, (size_t)min_u64(s->length - done, s->stage_size));
     if (ret == 0)
         return -NV_E_SHORT;
     if (ret == -EAGAIN)
@@ -193,20 +202,18 @@ static int64_t stage_next(struct nv_source *s, uint64_t done, const struct nv_wa
     return ret;
 }
 
-static int is_guard_verdict(int64_t ret) {
-    return ret == -EINTR || ret == -NV_E_CANCELLED || ret == -NV_E_DIED || ret == -NV_E_DEADLINE ||
-           ret == -NV_E_TICK;
-}
-
 static int64_t step_staged(int fd, struct nv_source *s, const struct nv_wait *w,
                            struct nv_xfer *x) {
     int64_t ret = 0;
 
     if (s->stage_pos == s->stage_end) {
-        x->calls++;
-        ret = s->seekable ? stage_at(s, x->done) : stage_next(s, x->done, w);
+        ret = s->seekable ? 0 : wait_source(fd, s, w);
         if (ret < 0)
-            return is_guard_verdict(ret) ? ret : from_source(x, ret);
+            return ret;
+        x->calls++;
+        ret = s->seekable ? stage_at(s, x->done) : stage_next(s, x->done);
+        if (ret < 0)
+            return ret == -EINTR ? ret : from_source(x, ret);
     }
     if (s->stage_pos < s->stage_end) {
         ret = send_some(fd, s->stage + s->stage_pos, s->stage_end - s->stage_pos, w, x);
@@ -251,12 +258,14 @@ static int sigpipe_block(struct sigpipe_guard *g) {
     return nv_sys_sigmask(SIG_BLOCK, &set, &g->old);
 }
 
-static void sigpipe_restore(const struct sigpipe_guard *g, int broken) {
+/* A call that moved bytes before the pipe broke raises the signal and returns the count, so no
+ * return value says that there is none. */
+static void sigpipe_restore(const struct sigpipe_guard *g) {
     const struct timespec no_time = {0, 0};
     sigset_t set;
 
     sigpipe_set(&set);
-    if (broken && !g->was_pending)
+    if (!g->was_pending)
         while (nv_sys_sigtimedwait(&set, &no_time) == -EINTR)
             continue;
     (void)nv_sys_sigmask(SIG_SETMASK, &g->old, NULL);
@@ -268,11 +277,12 @@ int nv_send_from(int fd, struct nv_source *s, const struct nv_wait *w, struct nv
 
     if (ret < 0)
         return (int)ret;
+    x->from_source = 0;
     while (x->done < s->length && ret >= 0) {
         ret = nv_check(w);
         if (ret == 0)
             ret = step(fd, s, w, x);
     }
-    sigpipe_restore(&guard, ret == -EPIPE);
+    sigpipe_restore(&guard);
     return ret < 0 ? (int)ret : 0;
 }

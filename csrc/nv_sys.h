@@ -51,13 +51,8 @@ static inline int nv_sys_setsockopt(int fd, int level, int name, const void *val
     return ret < 0 ? -errno : ret;
 }
 
-static inline int nv_sys_getsockname(int fd, void *addr, socklen_t *len) {
-    int ret = getsockname(fd, addr, len);
-    return ret < 0 ? -errno : ret;
-}
-
-static inline int nv_sys_getpeername(int fd, void *addr, socklen_t *len) {
-    int ret = getpeername(fd, addr, len);
+static inline int nv_sys_unlink(const char *path) {
+    int ret = unlink(path);
     return ret < 0 ? -errno : ret;
 }
 

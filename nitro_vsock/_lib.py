@@ -1,6 +1,9 @@
 """Owns: every call into the compiled core: types, EINTR and tick retries, return code -> exception.
 
 The only importer of the compiled module. Must not know: frames, addresses, who owns a descriptor.
+
+Buffers are borrowed by `with ffi.from_buffer`: what an exception's frames still borrowed would
+crash the garbage collector (CPython cannot clear a memoryview in a cycle that has an export).
 """
 
 from __future__ import annotations
@@ -34,6 +37,8 @@ SPLICE: Final = int(lib.NV_SPLICE)
 MMAP: Final = int(lib.NV_MMAP)
 READ: Final = int(lib.NV_READ)
 
+_GUARD_VERDICTS: Final = (lib.NV_E_DEADLINE, lib.NV_E_CANCELLED, lib.NV_E_DIED)
+
 
 @dataclass(frozen=True)
 class PeerInfo:
@@ -55,7 +60,8 @@ class Guard:
         self.wait.deadline_ns = deadline.ns
         self.wait.cancel_fd = cancel_fd
         self.wait.watch_fd = watch_fd
-        self.next_tick()
+        # The first tick is due at once: it shows what was cancelled or dead before the first call.
+        self.wait.tick_ns = 0
 
     def next_tick(self) -> None:
         """Allow the next call into C another tick."""
@@ -79,18 +85,21 @@ def _drive(call: Callable[[], int], guard: Guard, on_tick: Callable[[], None] | 
 
 def listen_vsock(cid: int, port: int, backlog: int) -> int:
     """Return a listening descriptor; raise what ERRNO_TABLE says for stage bind."""
-    return _bound(lib.nv_listen_vsock(cid, port, backlog))
+    return _bound(lambda: lib.nv_listen_vsock(cid, port, backlog))
 
 
 def listen_unix(path: bytes, backlog: int) -> int:
     """Return a listening descriptor; raise what ERRNO_TABLE says for stage bind."""
-    return _bound(lib.nv_listen_unix(path, len(path), backlog))
+    return _bound(lambda: lib.nv_listen_unix(path, len(path), backlog))
 
 
-def _bound(code: int) -> int:
-    if code < 0:
-        raise errors.from_errno(-code, Stage.BIND)
-    return code
+def _bound(call: Callable[[], int]) -> int:
+    while True:
+        code = call()
+        if code >= 0:
+            return code
+        if code != -errno.EINTR:
+            raise errors.from_errno(-code, Stage.BIND)
 
 
 def connect_vsock(cid: int, port: int, guard: Guard) -> int:
@@ -138,13 +147,16 @@ class Gate:
     def admit(self, guard: Guard) -> int:
         """Wait for the peer; return its descriptor, which is the caller's from then on.
 
-        Raises what ERRNO_TABLE says: for stage handshake where a connected peer kept silent, for
-        stage accept otherwise.
+        Raises what ERRNO_TABLE says: for stage handshake where a connected peer keeps silent or
+        says something else, for stage accept otherwise.
         """
         gate = self._gate
         code = _drive(lambda: lib.nv_gate_admit(gate, guard.wait), guard)
         if code:
-            raise errors.from_errno(code, Stage.HANDSHAKE if gate.npending else Stage.ACCEPT)
+            silent = gate.npending and code in _GUARD_VERDICTS
+            raise errors.from_errno(
+                code, Stage.HANDSHAKE if silent or gate.talked else Stage.ACCEPT
+            )
         gate.admitted = 0
         return int(gate.admitted_fd)
 
@@ -185,9 +197,9 @@ def enlarge_sndbuf(fd: int, want: int) -> int:
 
 def send(fd: int, data: bytes | memoryview, guard: Guard, meter: Meter) -> None:
     """Send all of a buffer; the meter is exact also after an error."""
-    view = ffi.from_buffer("uint8_t[]", data)
-    length = len(view)
-    _transfer(lambda xfer: lib.nv_send(fd, view, length, guard.wait, xfer), guard, meter)
+    with ffi.from_buffer("uint8_t[]", data) as view:
+        length = len(view)
+        _transfer(lambda xfer: lib.nv_send(fd, view, length, guard.wait, xfer), guard, meter)
 
 
 def send_from(
@@ -205,7 +217,7 @@ def send_from(
 
     The meter is exact also after an error.
     """
-    with mmap.mmap(-1, STAGE_BYTES) as stage, ffi.from_buffer("uint8_t[]", stage) as memory:
+    with _stage(meter) as stage, ffi.from_buffer("uint8_t[]", stage) as memory:
         source = ffi.new("struct nv_source *")
         source.fd = source_fd
         source.strategy = strategy
@@ -216,6 +228,19 @@ def send_from(
         source.stage_size = STAGE_BYTES
         _transfer(lambda xfer: lib.nv_send_from(fd, source, guard.wait, xfer), guard, meter)
         return int(source.strategy)
+
+
+def _stage(meter: Meter) -> mmap.mmap:
+    try:
+        return mmap.mmap(-1, STAGE_BYTES)
+    except OSError as error:
+        raise _failed(error.errno or 0, meter) from error
+
+
+def _failed(code: int, meter: Meter, *, source: bool = False) -> errors.NitroVsockError:
+    return errors.from_errno(
+        code, meter.stage, source=source, bytes_sent=meter.done, total=meter.total
+    )
 
 
 def _transfer(call: Callable[[Any], int], guard: Guard, meter: Meter) -> None:
@@ -236,21 +261,15 @@ def _transfer(call: Callable[[Any], int], guard: Guard, meter: Meter) -> None:
     finally:
         count()
     if code:
-        raise errors.from_errno(
-            code,
-            meter.stage,
-            source=bool(xfer.from_source),
-            bytes_sent=meter.done,
-            total=meter.total,
-        )
+        raise _failed(code, meter, source=bool(xfer.from_source))
 
 
 def receive(fd: int, view: memoryview, guard: Guard, meter: Meter) -> int:
     """Receive with one recv into a writable buffer; return the count, 0 at end of stream."""
-    buffer = ffi.from_buffer("uint8_t[]", view, require_writable=True)
-    length = len(buffer)
     got = ffi.new("uint64_t *")
-    code = _drive(lambda: lib.nv_recv(fd, buffer, length, guard.wait, got), guard, meter.tick)
+    with ffi.from_buffer("uint8_t[]", view, require_writable=True) as buffer:
+        length = len(buffer)
+        code = _drive(lambda: lib.nv_recv(fd, buffer, length, guard.wait, got), guard, meter.tick)
     if code:
-        raise errors.from_errno(code, meter.stage, bytes_sent=meter.done, total=meter.total)
+        raise _failed(code, meter)
     return int(got[0])

@@ -90,7 +90,7 @@ class Deadline:
         seconds = timeout.seconds if isinstance(timeout, PollTimeout) else timeout
         if isinstance(seconds, bool) or not isinstance(seconds, (int, float)):
             raise InvalidArgumentError("timeout", timeout, "must be seconds or a PollTimeout")
-        if math.isnan(seconds) or not 0 <= seconds <= MAX_TIMEOUT:
+        if not 0 <= seconds <= MAX_TIMEOUT:  # NaN is not either
             raise InvalidArgumentError(
                 "timeout", timeout, f"must be 0 to {MAX_TIMEOUT:.0f} seconds"
             )

@@ -87,7 +87,8 @@ class NitroVsockError(Exception):
 
 def _restore(cls: type[NitroVsockError], state: dict[str, Any]) -> NitroVsockError:
     """Rebuild a pickled exception, whatever its own constructor asks for."""
-    error = cls.__new__(cls)
+    # Not cls.__new__: with ValueError before OSError among the bases it is the wrong one.
+    error = OSError.__new__(cls) if issubclass(cls, OSError) else Exception.__new__(cls)
     NitroVsockError.__init__(error, state["message"], errno=state["errno"])
     for name, value in state.items():
         setattr(error, name, value)

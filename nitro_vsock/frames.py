@@ -272,7 +272,8 @@ class FrameDecoder:
     """Turns received bytes into events, however they are cut.
 
     A `RootFilesystem` event comes when its length is known, then `RootfsData` pieces. After
-    `Finished` nothing more is taken; what follows it is counted in `trailing`.
+    `Finished` nothing more is taken; what follows it is counted in `trailing`, what came up to the
+    last event in `taken`.
     """
 
     def __init__(self, limits: Limits = DEFAULT_LIMITS) -> None:
@@ -285,6 +286,7 @@ class FrameDecoder:
         self._list: _List | None = None
         self._string_bytes = 0
         self.finished = False
+        self.taken = 0
         self.trailing = 0
 
     @property
@@ -318,9 +320,11 @@ class FrameDecoder:
             if self._rootfs_left:
                 piece, view = view[: self._rootfs_left], view[self._rootfs_left :]
                 self._rootfs_left -= len(piece)
+                self.taken += len(piece)
                 yield RootfsData(piece)
                 continue
             missing = self._need - len(self._field)
+            self.taken += min(missing, len(view))
             self._field += view[:missing]
             view = view[missing:]
             if len(self._field) == self._need:
@@ -344,7 +348,7 @@ class FrameDecoder:
         elif self._state == self._on_id:
             where = "where a frame id was due"
         else:
-            where = f"in the frame after {self._seen[-1].name}, {self.need} bytes short"
+            where = f"in {self._seen[-1].name}, {self.need} bytes short of a field's end"
         raise EarlyEndError(f"the stream ended before Finished, {where}")
 
     def _expect(self, size: int, state: object) -> None:

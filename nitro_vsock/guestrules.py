@@ -17,8 +17,11 @@ from nitro_vsock.protocol import FORBIDDEN_TOP, MAX_STRING_BYTES, ROOTFS_PREFIX
 _BLOCK: Final = tarfile.BLOCKSIZE
 _MAX_EXTENSION: Final = 1 << 20
 """Bytes of a long name or a PAX header that are looked into."""
-_PAX: Final = (tarfile.XHDTYPE, tarfile.XGLTYPE)
+_PAX: Final = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
 _LONG: Final = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
+_TEXT_KEYS: Final = frozenset({"path", "linkpath", "uname", "gname", "GNU.sparse.name"})
+"""What libarchive converts to the locale's character set."""
+_SIZE_DIGITS: Final = 20
 _SPARSE_MORE: Final = 482
 _SPARSE_STILL_MORE: Final = 504
 
@@ -61,7 +64,8 @@ class TarChecker:
             GuestRuleError: not a plain tar, or a member the guest cannot unpack.
         """
         while data and not self._ended:
-            if self._skip:
+            # The blocks of a long sparse map come before the data.
+            if self._skip and not self._sparse_more:
                 step = min(self._skip, len(data))
                 self._skip -= step
                 data = data[step:]
@@ -80,7 +84,8 @@ class TarChecker:
         Raises:
             GuestRuleError: it has no member, or ends inside one.
         """
-        if self._skip or self._block or self._extension_of is not None or self._sparse_more:
+        inside_header = self._extension_of is not None or self._overrides or self._sparse_more
+        if self._skip or self._block or inside_header:
             raise GuestRuleError("the rootfs ends in the middle of a member")
         if not self.members:
             raise GuestRuleError("the rootfs has no member")
@@ -103,18 +108,24 @@ class TarChecker:
             raise GuestRuleError(
                 f"the rootfs is no plain tar: {error} (after {self.members} members)"
             ) from None
+        if member.size < 0:
+            raise GuestRuleError(f"member {member.name!r} of {member.size} bytes")
+        if member.type == tarfile.XGLTYPE:  # libarchive looks at none of it
+            self._skip = _padded(member.size)
+            return
         if member.type in _PAX or member.type in _LONG:
             if member.size > _MAX_EXTENSION:
                 raise GuestRuleError(f"a tar header of {member.size} bytes")
-            self._extension_of, self._extension_left = member, member.size
+            if member.size:
+                self._extension_of, self._extension_left = member, member.size
             return
-        name = self._overrides.get("path", member.name)
-        size = int(self._overrides.get("size", member.size))
-        self._overrides.clear()
+        overrides, self._overrides = self._overrides, {}
+        name = overrides.get("GNU.sparse.name") or overrides.get("path", member.name)
+        size = int(overrides.get("size", member.size))
         self._check_name(name)
         self.members += 1
         if member.isreg() or member.type not in tarfile.SUPPORTED_TYPES:
-            self._skip = -(-size // _BLOCK) * _BLOCK
+            self._skip = _padded(size)
         self._sparse_more = member.type == tarfile.GNUTYPE_SPARSE and bool(block[_SPARSE_MORE])
 
     def _take_extension(self, block: bytes) -> None:
@@ -130,11 +141,13 @@ class TarChecker:
             self._overrides[_LONG[member.type]] = name
             return
         for key, value in _pax_records(data):
-            if key in ("path", "linkpath") and not value.isascii():
+            if key in _TEXT_KEYS and not value.isascii():
                 raise GuestRuleError(
-                    f"PAX header with the non-ASCII name {value!r}: the guest has no locale; "
+                    f"PAX header with the non-ASCII {key} {value!r}: the guest has no locale; "
                     "write the archive in GNU format"
                 )
+            if key == "size" and not (value.isascii() and _is_size(value)):
+                raise GuestRuleError(f"PAX header with the size {value[:80]!r}")
             self._overrides[key] = value
 
     def _check_name(self, name: str) -> None:
@@ -145,12 +158,20 @@ class TarChecker:
             raise GuestRuleError(f"member {name!r}: the guest makes {parts[1]} itself, and stops")
 
 
+def _padded(size: int) -> int:
+    return -(-size // _BLOCK) * _BLOCK
+
+
+def _is_size(digits: str | bytes) -> bool:
+    return digits.isdigit() and len(digits) <= _SIZE_DIGITS
+
+
 def _pax_records(data: bytes) -> list[tuple[str, str]]:
     """Split `length key=value` records (pax(1))."""
     records = []
     while data:
         size, _, _ = data.partition(b" ")
-        if not size.isdigit() or not len(size) < int(size) <= len(data):
+        if not _is_size(size) or not len(size) < int(size) <= len(data):
             raise GuestRuleError("a malformed PAX header")
         record = data[len(size) + 1 : int(size) - 1].decode("utf-8", "surrogateescape")
         data = data[int(size) :]

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from nitro_vsock.errors import Stage
+from nitro_vsock.errors import InvalidArgumentError, Stage
 
 REPORT_INTERVAL = 0.1
 """Seconds between two calls of a progress callback, at least."""
@@ -41,15 +41,18 @@ class Progress:
     @property
     def seconds_left(self) -> float | None:
         """Estimate from the average rate; None where it cannot be made."""
-        if self.bytes_total is None or not self.bytes_done:
+        rate = self.average_rate
+        if self.bytes_total is None or not rate:
             return None
-        return (self.bytes_total - self.bytes_done) / self.average_rate
+        return (self.bytes_total - self.bytes_done) / rate
 
 
 class Meter:
     """Counts one stream's bytes and system calls, and reports them at a bounded rate."""
 
     def __init__(self, report: Callable[[Progress], object] | None = None) -> None:
+        if report is not None and not callable(report):
+            raise InvalidArgumentError("progress", report, "must be callable or None")
         self.stage = Stage.ACCEPT
         self.done = 0
         self.total: int | None = None

@@ -31,8 +31,10 @@ class DeviceProxyList(list[DeviceProxy]):
         """Check each entry.
 
         Raises:
-            InvalidArgumentError: an entry has no `arg` method.
+            InvalidArgumentError: no list, or an entry has no `arg` method.
         """
+        if not isinstance(proxies, Iterable):
+            raise InvalidArgumentError("proxies", proxies, "must be a list of proxies")
         super().__init__(proxies)
         for index, proxy in enumerate(self):
             if not isinstance(proxy, DeviceProxy):

@@ -22,6 +22,7 @@ from nitro_vsock.deadline import DEFAULT_TIMEOUT, Deadline, Timeout
 from nitro_vsock.errors import (
     ClosedError,
     GuestRuleError,
+    InvalidArgumentError,
     ProtocolError,
     Stage,
     require_int,
@@ -42,7 +43,7 @@ from nitro_vsock.frames import (
 )
 from nitro_vsock.guestrules import TarChecker, check_strings
 from nitro_vsock.progress import Meter, Progress
-from nitro_vsock.sources import PathLike
+from nitro_vsock.sources import FD_MAX, PathLike
 from nitro_vsock.transport import Holder, Stream, UnixAddress, VsockAddress, WakeUp, connect
 from nitro_vsock.writer import service_address
 
@@ -148,6 +149,7 @@ class EnclaveArgsReader(Holder):
             ProtocolError: a subclass says what is wrong with the bytes.
             PeerClosedError, VsockReadError, StreamTimeoutError: the stream broke off.
             LaunchCancelledError, ClosedError, BusyError: as their names say.
+            InvalidArgumentError: a timeout, rootfs or progress that is none, before connecting.
             OSError: the rootfs could not be stored.
         """
         deadline = Deadline.after(timeout)
@@ -156,9 +158,11 @@ class EnclaveArgsReader(Holder):
                 raise ClosedError("this EnclaveArgsReader has been used")
             self._spent = True
             guard = Guard(deadline, self._wake_up.fileno())
-            with connect(self.address, guard, self._wake_up) as stream, _open_sink(rootfs) as store:
+            meter = Meter(progress)
+            # A sink that cannot be opened must not cost the launch its one connection.
+            with _open_sink(rootfs) as store, connect(self.address, guard, self._wake_up) as stream:
                 stream.handshake(protocol.READY, guard)
-                return self._read(stream, guard, Meter(progress), store)
+                return self._read(stream, guard, meter, store)
 
     def _read(
         self, stream: Stream, guard: Guard, meter: Meter, store: Callable[[memoryview], object]
@@ -185,7 +189,7 @@ class EnclaveArgsReader(Holder):
                 for event in decoder.feed(buffer[:count]):
                     result.take(event)
                     if isinstance(event, RootFilesystem):
-                        meter.total = meter.done + event.length
+                        meter.total = decoder.taken + event.length + 1  # Finished
                 meter.tick()
             if self._strict:
                 result.check()
@@ -264,11 +268,16 @@ def _open_sink(sink: Sink) -> Iterator[Callable[[memoryview], object]]:
     elif callable(sink):
         yield sink
     elif isinstance(sink, int):
-        yield partial(_write_all, sink)
+        yield partial(_write_all, require_int("rootfs", sink, 0, FD_MAX))
     else:
-        path = Path(os.fsdecode(sink))
-        # A device or FIFO is written to, not replaced.
-        in_place = path.exists() and not path.is_file()
+        try:
+            path = Path(os.fsdecode(sink))
+            # A device or FIFO is written to, not replaced; of a link, what it leads to is replaced.
+            in_place = path.exists() and not path.is_file()
+            path = path if in_place else Path(os.path.realpath(path))
+        except (TypeError, ValueError) as error:
+            limit = f"must be None, a descriptor, a path or a callback ({error})"
+            raise InvalidArgumentError("rootfs", sink, limit) from None
         target = path if in_place else path.with_name(f".{path.name}.{secrets.token_hex(8)}")
         flags = os.O_WRONLY | os.O_CLOEXEC | (0 if in_place else os.O_CREAT | os.O_EXCL)
         fd = os.open(target, flags, 0o666)

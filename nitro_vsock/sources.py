@@ -21,7 +21,7 @@ from nitro_vsock.errors import (
 )
 from nitro_vsock.transport import FilePayload
 
-_FD_MAX: Final = (1 << 31) - 1
+FD_MAX: Final = (1 << 31) - 1
 _OFF_MAX: Final = (1 << 63) - 1
 _MAGIC_BYTES: Final = 6
 _COMPRESSED: Final = (
@@ -150,21 +150,18 @@ class Rootfs:
         """
         try:
             view = memoryview(data).cast("B")
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise InvalidArgumentError(
                 "rootfs", type(data).__name__, f"must be a contiguous buffer ({error})"
             ) from None
-        return cls(lambda: _open_memory(view))
+        source = OpenRootfs(view, f"{view.nbytes} bytes of memory")
+        # Looked at only here: memory may be a mapping, and its file may have shrunk by the launch.
+        _refuse_empty(source)
+        _refuse_compressed(source, bytes(view[:_MAGIC_BYTES]))
+        return cls(lambda: source)
 
     def __repr__(self) -> str:
         return f"<Rootfs {self.name} {self.length} bytes>"
-
-
-def _open_memory(view: memoryview) -> OpenRootfs:
-    source = OpenRootfs(view, f"{view.nbytes} bytes of memory")
-    _refuse_empty(source)
-    _refuse_compressed(source, bytes(view[:_MAGIC_BYTES]))
-    return source
 
 
 def _open_file(path: PathLike) -> OpenRootfs:
@@ -195,7 +192,7 @@ def _open_file(path: PathLike) -> OpenRootfs:
 
 
 def _open_fd(fd: int, offset: int | None, length: int | None) -> OpenRootfs:
-    require_int("rootfs fd", fd, 0, _FD_MAX)
+    require_int("rootfs fd", fd, 0, FD_MAX)
     if offset is not None:
         require_int("rootfs offset", offset, 0, _OFF_MAX)
     if length is not None:

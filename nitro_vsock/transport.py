@@ -13,7 +13,7 @@ import stat
 import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
@@ -27,7 +27,9 @@ from nitro_vsock.errors import (
     InvalidArgumentError,
     LaunchCancelledError,
     NitroVsockError,
+    Stage,
     VsockCidMismatchError,
+    from_errno,
 )
 from nitro_vsock.progress import Meter
 from nitro_vsock.protocol import VMADDR_CID_ANY
@@ -196,7 +198,11 @@ class WakeUp:
     def __init__(self) -> None:
         # Reentrant: a signal handler may call set while this thread is in close.
         self._lock = threading.RLock()
-        self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._pid = os.getpid()
+        try:
+            self._fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except OSError as error:
+            raise from_errno(error.errno or 0, Stage.BIND, detail="eventfd") from error
 
     def fileno(self) -> int:
         """The descriptor, -1 once closed."""
@@ -205,7 +211,8 @@ class WakeUp:
     def set(self) -> None:
         """Wake whoever waits, now and later. No effect once closed."""
         with self._lock:
-            if self._fd >= 0:
+            # A forked child shares the descriptor, and would wake its parent.
+            if self._fd >= 0 and self._pid == os.getpid():
                 os.eventfd_write(self._fd, 1)
 
     def close(self) -> None:
@@ -322,7 +329,11 @@ class Listener(Holder):
         if isinstance(address, VsockAddress):
             return _lib.listen_vsock(address.cid, address.port, BACKLOG)
         fd = _lib.listen_unix(os.fsencode(address.path), BACKLOG)
-        found = Path(address.path).lstat()
+        try:
+            found = Path(address.path).lstat()
+        except OSError as error:
+            os.close(fd)
+            raise from_errno(error.errno or 0, Stage.BIND, detail="lstat") from error
         self._inode = (found.st_dev, found.st_ino)
         return fd
 
@@ -369,12 +380,11 @@ class Listener(Holder):
         # A forked child holds a copy of the descriptor, but the path is its parent's.
         if inode is not None and self._pid == os.getpid():
             path = Path(str(getattr(self.address, "path", "")))
-            try:
+            # What cannot be removed, after a change of user for instance, stays.
+            with suppress(OSError):
                 found = path.lstat()
                 if (found.st_dev, found.st_ino) == inode:
                     path.unlink()
-            except FileNotFoundError:
-                pass
         _close_fd(fd)
 
     def __repr__(self) -> str:

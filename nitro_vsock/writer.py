@@ -545,7 +545,12 @@ def _bind_hint(cid: int, address: Address) -> str:
             f"for the arguments of CID {cid}; a socket file may be left from a process that was "
             "killed: remove it if nobody listens there"
         )
+    sharing = ", ".join(
+        f"{service.name.lower().replace('_', ' ')} of CID {address.port - service}"
+        for service in protocol.VsockPortOffset
+        if service is not protocol.VsockPortOffset.CONSOLE
+    )
     return (
-        f"port {address.port} is the arguments service of CID {cid}: CIDs less than 5 apart share "
-        "ports, and ports up to 1023 need CAP_NET_BIND_SERVICE"
+        f"port {address.port} is {sharing}: enclaves need CIDs at least 5 apart; and ports up to "
+        "1023 need CAP_NET_BIND_SERVICE"
     )

@@ -1,0 +1,352 @@
+"""Owns: the commands and their options, and the one place where a failure ends the process.
+
+Must not know: how anything is done or shown.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import logging
+import os
+import signal
+import time
+from collections.abc import Callable
+from itertools import takewhile
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeVar
+
+import click
+
+from nitro_vsock import errors
+from nitro_vsock.cli import demo as demonstration
+from nitro_vsock.cli import doctor as examination
+from nitro_vsock.cli import failures, output
+from nitro_vsock.cli.output import Settings
+from nitro_vsock.cli.params import parse_peer_cid, parse_size, parse_variable
+from nitro_vsock.deadline import DEFAULT_TIMEOUT
+from nitro_vsock.progress import Progress
+from nitro_vsock.protocol import VMADDR_CID_HOST
+from nitro_vsock.reader import EnclaveArgs, EnclaveArgsReader
+from nitro_vsock.sources import Rootfs
+from nitro_vsock.transport import Strategy
+from nitro_vsock.writer import EnclaveArgsWriter
+
+PROGRAM: Final = "nitro-vsock"
+
+_RETRY_SECONDS: Final = 0.02
+_NOBODY_THERE: Final = frozenset({errno.ECONNREFUSED, errno.ENOENT, errno.ECONNRESET})
+_FILE_STRATEGIES: Final = [Strategy.AUTO, Strategy.SENDFILE, Strategy.MMAP, Strategy.READ]
+
+_EPILOG: Final = "\b\nExit codes:\n" + "\n".join(
+    f"  {code.value:>3}  {text}" for code, text in failures.MEANING.items()
+)
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def _set_json(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(Settings).json = True
+
+
+def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(Settings).debug = True
+        logging.getLogger("nitro_vsock").setLevel(logging.DEBUG)
+
+
+def _global_options(command: _Command) -> _Command:
+    """Add the options that stand before or after the command's name."""
+    for name, callback, text in (
+        ("--json", _set_json, "Print one JSON object on stdout, also for an error."),
+        ("--debug", _set_debug, "Show tracebacks and the library's log."),
+    ):
+        command = click.option(
+            name, is_flag=True, expose_value=False, is_eager=True, callback=callback, help=text
+        )(command)
+    return command
+
+
+_timeout_option = click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=DEFAULT_TIMEOUT.seconds,
+    show_default=True,
+    metavar="SECONDS",
+    help="For all of the launch.",
+)
+_cid_option = click.option(
+    "--cid", type=int, required=True, help="Of the enclave; the port is CID + 1."
+)
+_uds_option = click.option(
+    "--uds-path",
+    metavar="PATH",
+    help="Use a hybrid vsock: the Unix socket PATH_<CID + 1>, as Firecracker does.",
+)
+
+
+@click.group(
+    epilog=_EPILOG,
+    no_args_is_help=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+)
+@click.version_option(package_name="nitro_vsock", prog_name=PROGRAM)
+@_global_options
+def cli() -> None:
+    """Hand a booting Nitro enclave its root file system, program and environment over vsock."""
+
+
+@cli.command(
+    epilog=_EPILOG,
+    # The first word that is no option begins the guest's command line: its options are its own.
+    context_settings={"allow_interspersed_args": False},
+)
+@_cid_option
+@click.option("--rootfs", required=True, metavar="FILE", help="A plain tar, all under rootfs/.")
+@click.option("--exec-path", metavar="PATH", help="The program to measure.  [default: argv[0]]")
+@click.option(
+    "--env",
+    type=parse_variable,
+    multiple=True,
+    required=True,
+    metavar="NAME=VALUE",
+    help="A variable for the program; repeat it. The last of a name counts.",
+)
+@_uds_option
+@_timeout_option
+@click.option(
+    "--strategy",
+    type=click.Choice([strategy.value for strategy in _FILE_STRATEGIES]),
+    default=Strategy.AUTO.value,
+    show_default=True,
+    help="How to send the archive.",
+)
+@click.option("--network-proxy", is_flag=True, help="The guest is to connect to the network.")
+@click.option("--app-output", is_flag=True, help="The guest is to send the program's output.")
+@click.option(
+    "--peer-cid",
+    type=parse_peer_cid,
+    metavar="CID",
+    help="Whom to admit: a CID, or 'any'; 1 over loopback.  [default: --cid]",
+)
+@click.option("--strict-peer", is_flag=True, help="Fail at the first stranger.")
+@click.option(
+    "--enclave-fd",
+    type=int,
+    metavar="FD",
+    help="An inherited descriptor of the enclave; give up when it hangs up.",
+)
+@click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED)
+@_global_options
+@click.pass_obj
+def send(
+    settings: Settings,
+    cid: int,
+    rootfs: str,
+    exec_path: str | None,
+    env: tuple[tuple[bytes, bytes], ...],
+    uds_path: str | None,
+    timeout: float,
+    strategy: str,
+    network_proxy: bool,
+    app_output: bool,
+    peer_cid: int | None,
+    strict_peer: bool,
+    enclave_fd: int | None,
+    argv: tuple[str, ...],
+) -> None:
+    """Send a launch to the enclave that is about to boot.
+
+    ARGV is the program and its arguments, as the guest is to run it. Put it after `--`.
+    """
+    writer = EnclaveArgsWriter(
+        Rootfs.from_file(rootfs),
+        os.fsencode(exec_path or argv[0]),
+        list(map(os.fsencode, argv)),
+        dict(env),
+        network_proxy=network_proxy,
+        app_output=app_output,
+    )
+    with writer.listen(
+        cid, uds_path=uds_path, peer_cid=peer_cid, strict_peer=strict_peer, strategy=strategy
+    ) as launch:
+        output.print_note(f"listening at {launch.address} for CID {cid}")
+        with output.show_progress("waiting for the guest") as show:
+            report = launch.send(timeout, show, enclave_fd=enclave_fd)
+    seconds = report.seconds["rootfs"] + report.seconds["finish"]
+    output.print_result(
+        settings,
+        report.as_dict(),
+        [
+            f"sent         {report.bytes_sent:,} bytes to {report.peer}",
+            f"rootfs       {report.rootfs_bytes:,} bytes in {seconds:.2f} s by {report.strategy}, "
+            f"{output.format_bytes(report.throughput)}/s",
+            f"strangers    {report.strangers_refused} refused",
+        ],
+    )
+
+
+@cli.command(epilog=_EPILOG)
+@_cid_option
+@_uds_option
+@click.option(
+    "--host-cid",
+    type=int,
+    default=VMADDR_CID_HOST,
+    show_default=True,
+    help="Where to connect: 2 from a guest, 1 over loopback.",
+)
+@click.option("--rootfs-out", metavar="FILE", help="Store the archive; it appears when complete.")
+@click.option("--strict", is_flag=True, help="Also enforce what the real guest needs.")
+@click.option("--wait", is_flag=True, help="Wait for the host's listener to appear.")
+@_timeout_option
+@_global_options
+@click.pass_obj
+def receive(
+    settings: Settings,
+    cid: int,
+    uds_path: str | None,
+    host_cid: int,
+    rootfs_out: str | None,
+    strict: bool,
+    wait: bool,
+    timeout: float,
+) -> None:
+    """Take a launch as the guest does.
+
+    The host's listener must be there already, or see --wait.
+    """
+
+    def attempt(seconds: float, show: Callable[[Progress], None]) -> EnclaveArgs:
+        with EnclaveArgsReader(cid, uds_path=uds_path, host_cid=host_cid, strict=strict) as reader:
+            return reader.read_args(rootfs_out, seconds, show)
+
+    with output.show_progress("waiting for the host") as show:
+        args = _retry(attempt, timeout, show) if wait else attempt(timeout, show)
+    output.print_result(settings, dataclasses.asdict(args), output.describe_args(args))
+
+
+def _retry(
+    attempt: Callable[[float, Callable[[Progress], None]], EnclaveArgs],
+    timeout: float,
+    show: Callable[[Progress], None],
+) -> EnclaveArgs:
+    """Attempt to take a launch until somebody listens or the deadline passes."""
+    deadline = time.monotonic() + timeout
+    waiting = False
+    while True:
+        try:
+            return attempt(max(deadline - time.monotonic(), 0), show)
+        except (errors.VsockConnectError, errors.ConnectTimeoutError) as error:
+            # A connect over AF_VSOCK has a timeout of the kernel's too, of two seconds.
+            if error.errno not in _NOBODY_THERE | {errno.ETIMEDOUT}:
+                raise
+            if time.monotonic() + _RETRY_SECONDS >= deadline:
+                raise errors.ConnectTimeoutError(
+                    f"nobody listened before the deadline; {error}",
+                    errno=errno.ETIMEDOUT,
+                    stage=errors.Stage.CONNECT,
+                ) from error
+            if not waiting:
+                output.print_note(f"waiting for a listener; {error}")
+                waiting = True
+        time.sleep(_RETRY_SECONDS)
+
+
+@cli.command(epilog=_EPILOG)
+@click.option(
+    "--rootfs",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A plain tar, all under rootfs/.  [default: made of Python's standard library]",
+)
+@click.option(
+    "--size",
+    type=parse_size,
+    metavar="SIZE",
+    help="Send an archive of zeros of about this size, such as 64MiB or 4GiB; it takes no space.",
+)
+@_timeout_option
+@_global_options
+@click.pass_obj
+def demo(settings: Settings, rootfs: Path | None, size: int | None, timeout: float) -> None:
+    """Do a whole launch on this machine, without an enclave.
+
+    A second process is the guest. It is reached over AF_VSOCK where loopback answers (module
+    vsock_loopback), else over a Unix socket.
+    """
+    if rootfs is not None and size is not None:
+        raise click.UsageError("--rootfs and --size exclude each other")
+    outcome = demonstration.run(settings, rootfs, size, timeout)
+    report, memory, received = outcome.report, outcome.memory, outcome.received
+    grown = f"{output.format_bytes(memory['grown'])} of it during the transfer"
+    if not memory["reset"]:
+        grown += " (more than the peak before it)"
+    output.print_result(
+        settings,
+        {
+            "transport": outcome.transport,
+            "sent": report.as_dict(),
+            "received": received,
+            "sha256": outcome.sha256,
+            "digests_agree": True,
+            "sender_memory": memory,
+        },
+        [
+            "The guest got",
+            *(f"  {line}" for line in output.describe_args(EnclaveArgs(**received))),
+            "The sender",
+            f"  strategy     {report.strategy}, {report.system_calls:,} system calls",
+            f"  throughput   {output.format_bytes(report.throughput)}/s, to a reader that computes "
+            "SHA-256 of every byte",
+            f"  peak memory  {output.format_bytes(memory['peak'])}, {grown}",
+            f"  sha256       {outcome.sha256}",
+            "The digests agree.",
+        ],
+    )
+
+
+@cli.command(epilog=_EPILOG)
+@_global_options
+@click.pass_context
+def doctor(context: click.Context) -> None:
+    """Say what launches can do on this machine.
+
+    Exits with 9 where the kernel has no AF_VSOCK, with 0 elsewhere.
+    """
+    found, lines = examination.examine()
+    output.print_result(context.obj, found, lines)
+    context.exit(failures.ExitCode.OK if found["af_vsock"] else failures.ExitCode.UNSUPPORTED)
+
+
+def run(args: list[str]) -> int:
+    """Run the command line with these arguments; return the exit code."""
+    settings = Settings()
+    signal.signal(signal.SIGTERM, _terminate)
+    logging.basicConfig(format=f"{PROGRAM}: %(levelname)s: %(message)s")
+    output.allow_any_text()
+    try:
+        # Not cli.main(): that takes every OSError with EPIPE, a PeerClosedError too, for a closed
+        # stdout and exits with 1 at once.
+        with cli.make_context(PROGRAM, args, obj=settings) as context:
+            cli.invoke(context)
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.ClickException as error:
+        # The mistake may stand before --json, so that click never came to it.
+        settings.json = settings.json or "--json" in takewhile(lambda arg: arg != "--", args)
+        return _fail(settings, error)
+    except BaseException as error:
+        return _fail(settings, error)
+    else:
+        return failures.ExitCode.OK
+
+
+def _fail(settings: Settings, error: BaseException) -> int:
+    output.print_failure(settings, error)
+    return failures.exit_code(error)
+
+
+def _terminate(*_: object) -> NoReturn:
+    raise failures.TerminatedError

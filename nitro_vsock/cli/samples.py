@@ -1,0 +1,62 @@
+"""Owns: root file systems to demonstrate with. Must not know: how they are sent."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import click
+
+_LEFT_OUT: Final = frozenset({"__pycache__", "site-packages", "dist-packages", "test"})
+_BLOCK: Final = tarfile.BLOCKSIZE
+
+
+def pack_standard_library(path: Path) -> str:
+    """Write a tar with the running Python's standard library, less its tests; say what it is."""
+    library = Path(sysconfig.get_path("stdlib"))
+    if not library.is_dir():
+        raise click.UsageError(
+            "this Python has no standard library folder: give --rootfs or --size"
+        )
+    # GNU format: PAX, which is the default, stops the guest at a name that is not ASCII.
+    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
+        tar.add(library, arcname=f"rootfs/usr/lib/{library.name}", filter=_as_root)
+        count = len(tar.getmembers())
+    return f"the standard library of {library.name}, {count:,} members"
+
+
+def _as_root(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+    if member.name.rpartition("/")[2] in _LEFT_OUT:
+        return None
+    member.uid = member.gid = 0
+    member.uname = member.gname = "root"
+    return member
+
+
+@contextmanager
+def zeros(size: int, folder: str, *, in_memory: bool) -> Iterator[Path]:
+    """Give the path of a tar of about `size` bytes that takes no space: its data is a hole.
+
+    Args:
+        size: bytes.
+        folder: where to make it, for a while.
+        in_memory: make it a memfd, which the kernel reads several times faster. Not for a source
+            that is going to be mapped: there a hole of a memfd takes real memory.
+    """
+    member = tarfile.TarInfo("rootfs/zeros")
+    end_of_archive = 2 * _BLOCK
+    member.size = max(size - _BLOCK - end_of_archive, _BLOCK) // _BLOCK * _BLOCK
+    fd = (
+        os.memfd_create("rootfs.tar")
+        if in_memory
+        else os.open(Path(folder, "zeros.tar"), os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+    )
+    with os.fdopen(fd, "wb") as file:
+        file.write(member.tobuf(tarfile.GNU_FORMAT))
+        file.truncate(_BLOCK + member.size + end_of_archive)
+        yield Path(f"/proc/self/fd/{fd}")
