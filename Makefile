@@ -8,6 +8,7 @@ GCC_LINT := -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wconversion -Wshadow -Wstr
 
 KERNEL ?= 6.1
 VM_FOLDER := build/vsock-$(KERNEL)
+VSOCK_TESTS := $(wildcard tests/test_vsock_*.py)
 
 .PHONY: help demo test test-vsock lint format clean
 .DELETE_ON_ERROR:
@@ -27,9 +28,8 @@ test: $(VENV)/.test ## the test suite; ARGS="-k name" passes options to pytest
 	$(BIN)/python -m pytest $(ARGS)
 
 test-vsock: $(VENV)/.vm ## the AF_VSOCK tests: here where CID 1 answers, else in a VM; KERNEL=6.1 or 6.12
-	@mkdir -p $(VM_FOLDER)
-	PYTHONPATH=tests VNG=$(BIN)/vng KERNEL=$(KERNEL) scripts/test-vsock $(VM_FOLDER) \
-	  $(BIN)/python -m pytest -p no:cacheprovider --junitxml=$(VM_FOLDER)/junit.xml $(ARGS)
+	VNG=$(BIN)/vng KERNEL=$(KERNEL) scripts/with-loopback $(VM_FOLDER) $(BIN)/python -m pytest \
+	  -p no:cacheprovider --junitxml=$(VM_FOLDER)/junit.xml $(VSOCK_TESTS) $(ARGS)
 
 lint: $(VENV)/.dev ## types, style, C warnings
 	$(BIN)/ruff check .

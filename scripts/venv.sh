@@ -7,12 +7,10 @@ extras=$2
 python=${PYTHON:-python3}
 
 need_packages() {
-    "$python" - <<'PY' || return 0
-import ensurepip, os, sys, sysconfig
+    ! "$python" -c '
+import importlib.util, os, sys, sysconfig
 header = os.path.join(sysconfig.get_path("include"), "Python.h")
-sys.exit(0 if not os.path.exists(header) else 1)
-PY
-    return 1
+sys.exit(not (importlib.util.find_spec("ensurepip") and os.path.exists(header)))'
 }
 
 if [ ! -x "$venv/bin/python" ] && need_packages; then
