@@ -250,6 +250,8 @@ class Holder:
     @contextmanager
     def _in_use(self) -> Iterator[None]:
         if not self._busy.acquire(blocking=False):
+            if self._closing:  # whoever is closing it has the lock
+                raise ClosedError(f"this {self._name()} is closed")
             raise BusyError(f"another thread is using this {self._name()}")
         try:
             if self._closing:
