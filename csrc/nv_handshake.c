@@ -48,33 +48,24 @@ static void refuse(struct nv_gate *g, uint32_t i, uint32_t *counter) {
     (*counter)++;
 }
 
-/* Move waiting connections from the backlog to pending[]; at most one full round, since a flood of
- * strangers must not keep the caller from its deadline. */
-static int take_in(struct nv_gate *g) {
-    for (int round = 0; round < NV_GATE_PENDING; round++) {
-        struct nv_peer peer;
-        int32_t fd = -1;
-        int ret = nv_accept(g->listen_fd, &peer, &fd);
+/* Look at pending connection i. Returns 1 when it was admitted and 0 when not; then it is still
+ * there only if it keeps silent. */
+static int examine(struct nv_gate *g, uint32_t i) {
+    int found = look(g->pending[i], g->ready);
 
-        if (ret == -EAGAIN)
-            return 0;
-        if (fd >= 0) {
-            /* A guest speaks at once, so the one that has been silent longest is no guest. */
-            if (g->npending == NV_GATE_PENDING)
-                refuse(g, 0, &g->refused_crowded);
-            g->pending[g->npending] = fd;
-            g->peers[g->npending++] = peer;
-        }
-        if (ret < 0)
-            return ret;
-        if (g->want_cid != NV_CID_ANY && peer.cid != g->want_cid) {
-            g->peer = peer;
-            refuse(g, g->npending - 1, &g->refused_cid);
-            if (g->strict)
-                return -NV_E_PEER;
-        }
+    if (found == SILENT)
+        return 0;
+    g->peer = g->peers[i];
+    if (found == READY) {
+        g->admitted_fd = take(g, i);
+        g->admitted = 1;
+        return 1;
     }
-    return 0;
+    refuse(g, i, found == REFUSED_READY ? &g->refused_ready : &g->refused_closed);
+    g->talked = found < 0 || g->strict;
+    if (found < 0)
+        return found;
+    return g->strict ? -NV_E_READY : 0;
 }
 
 /* Look at every pending connection. Returns 1 when one was admitted, 0 when none was. */
@@ -82,23 +73,57 @@ static int sift(struct nv_gate *g) {
     uint32_t i = 0;
 
     while (i < g->npending) {
-        int found = look(g->pending[i], g->ready);
+        uint32_t before = g->npending;
+        int ret = examine(g, i);
 
-        if (found < 0)
-            return found;
-        if (found == SILENT) {
+        if (ret != 0)
+            return ret;
+        if (g->npending == before)
             i++;
+    }
+    return 0;
+}
+
+/* Put a connection into pending[]. A guest speaks at once: where all keep silent, the one that has
+ * done so longest makes room. Returns what sift does. */
+static int keep(struct nv_gate *g, int fd, const struct nv_peer *peer) {
+    int ret = 0;
+
+    if (g->npending == NV_GATE_PENDING) {
+        ret = sift(g);
+        if (g->npending == NV_GATE_PENDING)
+            refuse(g, 0, &g->refused_crowded);
+    }
+    g->pending[g->npending] = fd;
+    g->peers[g->npending++] = *peer;
+    return ret;
+}
+
+/* Move waiting connections from the backlog to pending[]; at most one full round, since a flood of
+ * strangers must not keep the caller from its deadline. Returns 1 when one was admitted. */
+static int take_in(struct nv_gate *g) {
+    for (int round = 0; round < NV_GATE_PENDING; round++) {
+        struct nv_peer peer;
+        int32_t fd = -1;
+        int ret = nv_accept(g->listen_fd, &peer, &fd);
+        int found = 0;
+
+        if (ret == -EAGAIN)
+            return 0;
+        if (ret == 0 && g->want_cid != NV_CID_ANY && peer.cid != g->want_cid) {
+            (void)nv_sys_close(fd);
+            g->refused_cid++;
+            g->peer = peer;
+            if (g->strict)
+                return -NV_E_PEER;
             continue;
         }
-        g->peer = g->peers[i];
-        if (found == READY) {
-            g->admitted_fd = take(g, i);
-            g->admitted = 1;
-            return 1;
-        }
-        refuse(g, i, found == REFUSED_READY ? &g->refused_ready : &g->refused_closed);
-        if (g->strict)
-            return -NV_E_READY;
+        if (fd >= 0)
+            found = keep(g, fd, &peer);
+        if (found != 0)
+            return found;
+        if (ret < 0)
+            return ret;
     }
     return 0;
 }
@@ -113,10 +138,8 @@ int nv_gate_admit(struct nv_gate *g, const struct nv_wait *w) {
         if (ret < 0)
             return ret;
         ret = take_in(g);
-        if (ret < 0)
-            return ret;
-        ret = sift(g);
-        g->talked = ret < 0;
+        if (ret == 0)
+            ret = sift(g);
         if (ret != 0)
             return ret < 0 ? ret : 0;
         fds[NV_GUARDS] = (struct pollfd){.fd = g->listen_fd, .events = POLLIN};

@@ -160,7 +160,7 @@ static int64_t step_mapped(int fd, struct nv_source *s, const struct nv_wait *w,
     if (is_cut_short(s, x->done))
         return from_source(x, -NV_E_SHORT);
     /* virtio transports before Linux 6.3 answer ENOMEM where the copy faulted. */
-    if ((ret == -EFAULT || ret == -ENOMEM) && is_cut_short(s, x->done + 1))
+    if ((ret == -EFAULT || ret == -ENOMEM) && is_cut_short(s, end))
         return from_source(x, -NV_E_SHORT);
     return ret == -EFAULT ? from_source(x, ret) : ret;
 }

@@ -95,7 +95,7 @@ class EnclaveArgsReader(Holder):
         self,
         cid: int,
         *,
-        uds_path: str | None = None,
+        uds_path: PathLike | None = None,
         host_cid: int = protocol.VMADDR_CID_HOST,
         limits: Limits = DEFAULT_LIMITS,
         strict: bool = False,

@@ -63,11 +63,12 @@ class OpenRootfs:
 
         Raises:
             SourceChangedError: the modification time moved and the size did not, or it shrank.
+            SourceReadError: the file cannot be looked at any more.
         """
         if self._as_opened is None:
             return
         size, mtime = self._as_opened
-        now = os.fstat(self._fd)
+        now = _stat(self._fd, self.name, Stage.ROOTFS)
         if now.st_size < size or (now.st_size == size and now.st_mtime_ns != mtime):
             raise SourceChangedError(
                 f"{self.name} was written to while it was sent", stage=Stage.ROOTFS
@@ -164,6 +165,20 @@ class Rootfs:
         return f"<Rootfs {self.name} {self.length} bytes>"
 
 
+def _unreadable(
+    name: str, done: str, error: OSError, stage: Stage = Stage.VALIDATE
+) -> SourceReadError:
+    text = f"rootfs {name} cannot be {done}: {error.strerror}"
+    return SourceReadError(text, errno=error.errno, stage=stage)
+
+
+def _stat(fd: int, name: str, stage: Stage = Stage.VALIDATE) -> os.stat_result:
+    try:
+        return os.fstat(fd)
+    except OSError as error:
+        raise _unreadable(name, "looked at", error, stage) from error
+
+
 def _open_file(path: PathLike) -> OpenRootfs:
     try:
         # O_NONBLOCK: opening a FIFO must not wait for its writer.
@@ -171,14 +186,10 @@ def _open_file(path: PathLike) -> OpenRootfs:
     except (TypeError, ValueError) as error:
         raise InvalidArgumentError("rootfs", path, f"must be a path ({error})") from None
     except OSError as error:
-        raise SourceReadError(
-            f"rootfs {os.fsdecode(path)!r} cannot be opened: {error.strerror}",
-            errno=error.errno,
-            stage=Stage.VALIDATE,
-        ) from error
+        raise _unreadable(repr(os.fsdecode(path)), "opened", error) from error
     name = os.fsdecode(path)
     try:
-        found = os.fstat(fd)
+        found = _stat(fd, name)
         if not stat.S_ISREG(found.st_mode):
             raise InvalidArgumentError(
                 "rootfs", name, "must be a regular file (pipes and devices: Rootfs.from_fd)"
@@ -199,24 +210,28 @@ def _open_fd(fd: int, offset: int | None, length: int | None) -> OpenRootfs:
         require_int("rootfs length", length, 1, _OFF_MAX - (offset or 0))
     try:
         flags = fcntl.fcntl(fd, fcntl.F_GETFL)
-        own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
     except OSError as error:
         limit = f"must be an open descriptor ({error.strerror})"
         raise InvalidArgumentError("rootfs fd", fd, limit) from None
     name = f"descriptor {fd}"
     try:
+        own = fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 0)
+    except OSError as error:
+        raise _unreadable(name, "duplicated", error) from error
+    try:
         if flags & os.O_PATH or flags & os.O_ACCMODE == os.O_WRONLY:
             raise InvalidArgumentError("rootfs fd", fd, "must be open for reading")
-        found = os.fstat(own)
+        found = _stat(own, name)
         if stat.S_ISDIR(found.st_mode):
             raise InvalidArgumentError("rootfs fd", fd, "must not be a directory")
-        return _checked(OpenRootfs(_payload(own, found.st_mode, offset, length), name, own))
+        return _checked(OpenRootfs(_payload(own, found, offset, length), name, own))
     except BaseException:
         os.close(own)
         raise
 
 
-def _payload(fd: int, mode: int, offset: int | None, length: int | None) -> FilePayload:
+def _payload(fd: int, found: os.stat_result, offset: int | None, length: int | None) -> FilePayload:
+    mode = found.st_mode
     try:
         position = os.lseek(fd, 0, os.SEEK_CUR)
     except OSError:
@@ -231,7 +246,7 @@ def _payload(fd: int, mode: int, offset: int | None, length: int | None) -> File
         return FilePayload(fd, 0, length, mode, seekable=False)
     begin = position if offset is None else offset
     if stat.S_ISREG(mode):
-        size = os.fstat(fd).st_size
+        size = found.st_size
         # Files of /proc and the like say 0 and can be read all the same.
         if length is None:
             length = max(size - begin, 0)
@@ -259,9 +274,7 @@ def _peek(payload: FilePayload, name: str) -> bytes:
     try:
         return os.pread(payload.fd, min(_MAGIC_BYTES, payload.length), payload.offset)
     except OSError as error:
-        raise SourceReadError(
-            f"rootfs {name} cannot be read: {error}", errno=error.errno, stage=Stage.VALIDATE
-        ) from error
+        raise _unreadable(name, "read", error) from error
 
 
 def _refuse_empty(source: OpenRootfs) -> None:

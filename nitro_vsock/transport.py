@@ -99,12 +99,15 @@ class UnixAddress:
     family = socket.AF_UNIX
 
     def __post_init__(self) -> None:
-        encoded = os.fsencode(self.path)
+        try:
+            encoded = os.fsencode(self.path)
+        except UnicodeEncodeError:
+            encoded = b""
         if not 0 < len(encoded) <= MAX_UNIX_PATH or b"\0" in encoded:
             raise InvalidArgumentError(
                 "uds_path",
                 self.path,
-                f"with its port suffix must be 1 to {MAX_UNIX_PATH} bytes without NUL",
+                f"with its port suffix must encode to 1 to {MAX_UNIX_PATH} bytes without NUL",
             )
 
     def __str__(self) -> str:

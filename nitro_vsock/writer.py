@@ -41,7 +41,7 @@ from nitro_vsock.frames import (
 )
 from nitro_vsock.progress import Meter, Progress
 from nitro_vsock.proxies import DeviceProxyList
-from nitro_vsock.sources import OpenRootfs, Rootfs
+from nitro_vsock.sources import OpenRootfs, PathLike, Rootfs
 from nitro_vsock.transport import (
     Address,
     FilePayload,
@@ -112,7 +112,7 @@ class LaunchReport:
 
 
 def service_address(
-    cid: int, service: protocol.VsockPortOffset, uds_path: str | None = None
+    cid: int, service: protocol.VsockPortOffset, uds_path: PathLike | None = None
 ) -> Address:
     """Return where the host listens for a service of the enclave with this CID.
 
@@ -127,9 +127,12 @@ def service_address(
     """
     reason = "0, 1 and 2 are reserved, and ports CID + 1 to CID + 5 must exist"
     port = require_int("cid", cid, protocol.MIN_CID, protocol.MAX_CID, reason) + service
-    if uds_path is not None:
-        return UnixAddress(f"{uds_path}_{port}")
-    return VsockAddress(protocol.VMADDR_CID_ANY, port)
+    if uds_path is None:
+        return VsockAddress(protocol.VMADDR_CID_ANY, port)
+    try:
+        return UnixAddress(f"{os.fsdecode(uds_path)}_{port}")
+    except TypeError:
+        raise InvalidArgumentError("uds_path", uds_path, "must be a path") from None
 
 
 class EnclaveArgsWriter:
@@ -243,7 +246,7 @@ class EnclaveArgsWriter:
         self,
         cid: int,
         *,
-        uds_path: str | None = None,
+        uds_path: PathLike | None = None,
         peer_cid: int | None = None,
         strict_peer: bool = False,
         strategy: Strategy | str = Strategy.AUTO,
