@@ -215,14 +215,7 @@ def test_growing_file_is_sent_as_long_as_declared(launch, large_file, strategy):
     assert large_file.stat().st_size == LARGE + 4000
 
 
-@pytest.mark.parametrize(
-    "strategy",
-    [
-        "sendfile",
-        "read",
-        "mmap",
-    ],
-)
+@pytest.mark.parametrize("strategy", STRATEGIES)
 def test_file_truncated_during_the_transfer_is_named(fails, large_file, strategy):
     """The error says where, the guest got exactly that much, and no Finished."""
     error, guest_error = fails(
