@@ -35,13 +35,13 @@ lint: $(VENV)/.dev ## types, style, C warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.[ch] tests/*.c
+	$(BIN)/clang-format --dry-run --Werror csrc/*.[ch] tests/*.c tests/guest/*.c
 	$(foreach file,$(wildcard csrc/*.c),gcc $(GCC_LINT) -fsyntax-only $(file) &&) true
 
 format: $(VENV)/.dev ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.[ch] tests/*.c
+	$(BIN)/clang-format -i csrc/*.[ch] tests/*.c tests/guest/*.c
 
 clean: ## remove everything that was built, .venv too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
