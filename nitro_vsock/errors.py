@@ -105,7 +105,10 @@ class InvalidArgumentError(NitroVsockError, ValueError):
     """
 
     def __init__(self, field: str, value: object, limit: str) -> None:
-        shown = repr(value)
+        try:
+            shown = repr(value)
+        except ValueError:  # an int too long to be shown (sys.set_int_max_str_digits)
+            shown = f"a {type(value).__name__} of very many digits"
         if len(shown) > 80:
             shown = f"{shown[:60]}... ({len(shown)} characters)"
         super().__init__(f"{field}: {limit}, got {shown}", stage=Stage.VALIDATE)

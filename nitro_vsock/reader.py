@@ -279,9 +279,11 @@ def _open_sink(sink: Sink) -> Iterator[Callable[[memoryview], object]]:
             limit = f"must be None, a descriptor, a path or a callback ({error})"
             raise InvalidArgumentError("rootfs", sink, limit) from None
         target = path if in_place else path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        flags = os.O_WRONLY | os.O_CLOEXEC | (0 if in_place else os.O_CREAT | os.O_EXCL)
-        fd = os.open(target, flags, 0o666)
+        # O_NONBLOCK: opening a FIFO must not wait for its reader; ENXIO says that there is none.
+        how = os.O_NONBLOCK | os.O_NOCTTY if in_place else os.O_CREAT | os.O_EXCL
+        fd = os.open(target, os.O_WRONLY | os.O_CLOEXEC | how, 0o666)
         try:
+            os.set_blocking(fd, True)
             yield partial(_write_all, fd)
             if not in_place:
                 target.replace(path)

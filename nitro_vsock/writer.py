@@ -447,10 +447,11 @@ class Launch(Holder):
         with self._in_use():
             if self._spent:
                 raise ClosedError("this Launch has been used; listen again for another")
+            meter = Meter(progress)
             self._spent = True
             guard = Guard(deadline, self._wake_up.fileno(), watch_fd)
             try:
-                return self._send(guard, Meter(progress), wait_closed)
+                return self._send(guard, meter, wait_closed)
             except NitroVsockError as error:
                 logger.debug("launch for CID %d failed: %s", self.cid, error)
                 raise
@@ -478,7 +479,6 @@ class Launch(Holder):
 
         meter.stage = Stage.ROOTFS
         strategy = self._send_rootfs(self._stream, guard, meter)
-        self._source.verify()
         phases.end("rootfs")
 
         meter.stage = Stage.FINISH
@@ -503,16 +503,20 @@ class Launch(Holder):
 
     def _send_rootfs(self, stream: Stream, guard: Guard, meter: Meter) -> Strategy:
         payload = self._source.payload
+        strategy = Strategy.SEND
         begun = meter.done
         try:
             if isinstance(payload, FilePayload):
-                return stream.send_from(payload, self._strategy, guard, meter)
-            stream.send(payload, guard, meter)
+                strategy = stream.send_from(payload, self._strategy, guard, meter)
+            else:
+                stream.send(payload, guard, meter)
+            self._source.verify()
         except SourceError as error:
+            error.bytes_sent, error.total = meter.done, meter.total
             error.offset = meter.done - begun
             error.explain(f"{self._source.name}, at offset {error.offset}")
             raise
-        return Strategy.SEND
+        return strategy
 
     def _await_close(self, stream: Stream, guard: Guard, meter: Meter) -> None:
         """Read until the guest's end of stream; what it says after Finished has no meaning."""

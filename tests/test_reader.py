@@ -773,3 +773,11 @@ def test_progress_that_cannot_be_called_is_refused_before_connecting(reader):
     with pytest.raises(InvalidArgumentError) as caught:
         reader.read_args(progress=5)
     assert (caught.value.field, caught.value.value) == ("progress", 5)
+
+
+def test_fifo_without_a_reader_is_refused_at_once(tmp_path, uds):
+    """Opening it to write would wait for a reader, past any deadline."""
+    os.mkfifo(tmp_path / "fifo")
+    with EnclaveArgsReader(CID, uds_path=uds) as reader, pytest.raises(OSError) as caught:
+        reader.read_args(tmp_path / "fifo", timeout=60)
+    assert caught.value.errno == errno.ENXIO

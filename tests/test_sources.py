@@ -265,6 +265,7 @@ def test_file_modified_in_place_is_noticed_before_finished(fails, large_file, st
         meanwhile=lambda: overwrite(large_file),
     )
     assert error.stage is Stage.ROOTFS
+    assert error.bytes_sent == error.total - 1  # Finished
     assert error.must_terminate_enclave
     assert str(large_file) in str(error)
     assert str(guest_error) == "end of stream where an id was due"
