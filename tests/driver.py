@@ -476,29 +476,27 @@ def _in_child(launch, does):
 
 def collected(what):
     """Keep an error in a reference cycle, as `except` clauses do that store it; collect it."""
-    with tempfile.TemporaryDirectory(prefix="nv") as folder:
-        uds = f"{folder}/v"
-        rootfs = Rootfs.from_bytes(memoryview(bytearray(16 << 20)))
+
+    def fail(uds):
+        rootfs = Rootfs.from_bytes(bytearray(16 << 20))
         writer = EnclaveArgsWriter(rootfs, "/bin/app", ["/bin/app"], ["A=1"])
+        try:
+            with (
+                writer.listen(CID, uds_path=uds) as launch,
+                RawGuest(f"{uds}_{CID + 1}", 1000) as guest,
+            ):
+                if what == "send":
+                    guest.die(socket.socket.close)
+                else:
+                    guest.flow()  # and never closes
+                launch.send(timeout=20 if what == "send" else 0.3)
+        except NitroVsockError as error:
+            kept = error  # noqa: F841 - the frame holds the error, whose traceback holds it
+            return type(error).__name__
+
+    with tempfile.TemporaryDirectory(prefix="nv") as folder:
         gc.disable()
-
-        def fail():
-            try:
-                with (
-                    writer.listen(CID, uds_path=uds) as launch,
-                    RawGuest(f"{uds}_{CID + 1}", 1000) as guest,
-                ):
-                    if what == "send":
-                        guest.die(socket.socket.close)
-                    else:
-                        guest.flow()  # and never closes
-                    launch.send(timeout=20 if what == "send" else 0.3)
-            except NitroVsockError as error:
-                kept = error  # noqa: F841 - the frame holds the error, whose traceback holds it
-                return type(error).__name__
-            return None
-
-        name = fail()
+        name = fail(f"{folder}/v")
         return {"error": name, "collected": gc.collect() > 0}
 
 

@@ -20,7 +20,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum action { NONE, FAIL, SHORT, BROKEN, STRANGER };
+enum action { NONE, FAIL, SHORT, BROKEN, STRANGER, CROWD };
 
 static struct {
     char call[24];
@@ -94,14 +94,14 @@ static ssize_t broken(ssize_t ret) {
 /* Calls that succeed or fail. */
 #define PLAIN(type, name, parameters, ...)                                                         \
     type name parameters {                                                                         \
-        return judge(#name, CALLER) == FAIL ? (type) - 1 : REAL(name)(__VA_ARGS__);                \
+        return judge(#name, CALLER) == FAIL ? (type)-1 : REAL(name)(__VA_ARGS__);                  \
     }
 
 /* Calls that take effect even where they report an error. */
 #define AFTERWARDS(type, name, parameters, ...)                                                    \
     type name parameters {                                                                         \
         type ret = REAL(name)(__VA_ARGS__);                                                        \
-        return judge(#name, CALLER) == FAIL ? (type) - 1 : ret;                                    \
+        return judge(#name, CALLER) == FAIL ? (type)-1 : ret;                                      \
     }
 
 /* Calls that move bytes: `count` of them. */
@@ -208,10 +208,16 @@ int bind(int fd, const struct sockaddr *addr, socklen_t len) {
 }
 
 int accept4(int fd, struct sockaddr *addr, socklen_t *len, int flags) {
-    int ret;
+    enum action what = plan.action == STRANGER ? NONE : judge("accept4", CALLER);
+    int ret, pair[2];
 
-    if (plan.action != STRANGER && judge("accept4", CALLER) == FAIL)
+    if (what == FAIL)
         return -1;
+    if (what == CROWD) { /* somebody who is gone already */
+        ret = socketpair(AF_UNIX, SOCK_STREAM | flags, 0, pair);
+        REAL(close)(pair[1]);
+        return ret < 0 ? ret : pair[0];
+    }
     ret = REAL(accept4)(fd, addr, len, flags);
     if (ret >= 0 && plan.vsock_cid >= 0 && addr && *len >= sizeof(sa_family_t)) {
         struct sockaddr_vm *vm = (struct sockaddr_vm *)addr;

@@ -9,10 +9,10 @@ from pathlib import Path
 
 SOURCE = Path(__file__).with_name("faults.c")
 
-NONE, FAIL, SHORT, BROKEN, STRANGER = range(5)
+NONE, FAIL, SHORT, BROKEN, STRANGER, CROWD = range(6)
 """`enum action` of faults.c."""
 
-NAMES = {"fail": FAIL, "short": SHORT, "broken": BROKEN, "stranger": STRANGER}
+NAMES = {"fail": FAIL, "short": SHORT, "broken": BROKEN, "stranger": STRANGER, "crowd": CROWD}
 
 TRANSFERS = ("send", "recv", "read", "pread", "sendfile", "splice")
 """Calls that can move fewer bytes than asked for."""

@@ -243,6 +243,16 @@ def test_flood_of_strangers_does_not_move_the_deadline(writer, uds, guest_path, 
     assert count[0] > 50
 
 
+def test_flood_that_never_pauses_does_not_move_the_deadline(shim):
+    """Whenever the core looks, one more stranger is there."""
+    plan = {"call": "accept4", "action": "crowd", "step": 1}
+    (result,) = driver.run(driver.launches, shim=shim, plans=[plan], nth=1, timeout=0.5, limit=20)
+    assert result["error"] == "PollNoEventsError"
+    assert 0.5 <= result["seconds"] < 2.5
+    assert result["refused"]["closed"] > 64
+    assert result["leaked"] == []
+
+
 @pytest.mark.parametrize("stranger", [closes, says_junk])
 def test_guest_gets_through_a_flood(writer, archive, uds, guest_path, stranger):
     """Strangers come before, beside and after the guest."""

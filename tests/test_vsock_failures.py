@@ -153,10 +153,10 @@ def traced(calls, folder, *driver):
 
 
 def test_small_guest_window_causes_no_busy_loop(cid, stand_in, small_tar, tmp_path):
-    """A 4 KiB window: calls stay in proportion to the windows, they do not spin between them."""
+    """A 4 KiB window, arguments that nearly fill it: calls stay in proportion to the windows."""
     path, crc, size = small_tar
     guest = stand_in(cid, window=4096)
-    outcome, lines = traced("sendto,sendfile,ppoll,splice", tmp_path, cid, path)
+    outcome, lines = traced("sendto,sendfile,ppoll,splice", tmp_path, cid, path, "auto", 3000)
     taken = guest.result()
     assert (taken["ok"], taken["rootfs_crc"]) == (True, crc)
     assert outcome["sent"] == taken["received"]
