@@ -54,12 +54,13 @@ class Strategy(str, Enum):
     SENDFILE = "sendfile"
     """Regular files: the kernel moves pages, nothing is copied through this process."""
     SPLICE = "splice"
-    """Pipes: the same."""
+    """Pipes: the same. Not on AF_VSOCK before Linux 6.5."""
     MMAP = "mmap"
     """Regular files through a mapping: O_DIRECT descriptors, and AF_VSOCK before Linux 6.5, where
     sendfile makes a packet of each page."""
     READ = "read"
-    """Anything readable, through a 1 MiB buffer; also where the kernel refuses the first choice."""
+    """Anything readable, through a 1 MiB buffer; pipes to AF_VSOCK before Linux 6.5; and where the
+    kernel refuses the first choice."""
     SEND = "send"
     """Payload that is in memory already."""
 
@@ -176,13 +177,14 @@ def choose_strategy(
         payload: what is to be sent.
         kernel: (major, minor); the running one by default.
     """
+    page_by_page = family == socket.AF_VSOCK and (kernel or _kernel()) < (6, 5)
     if stat.S_ISFIFO(payload.mode):
-        return Strategy.SPLICE
+        return Strategy.READ if page_by_page else Strategy.SPLICE
     if not stat.S_ISREG(payload.mode):
         return Strategy.READ
     if fcntl.fcntl(payload.fd, fcntl.F_GETFL) & os.O_DIRECT:
         return Strategy.MMAP
-    if family == socket.AF_VSOCK and (kernel or _kernel()) < (6, 5):
+    if page_by_page:
         return Strategy.MMAP
     return Strategy.SENDFILE
 
