@@ -17,6 +17,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from pathlib import Path
 
 from archives import make_tar
@@ -386,15 +387,19 @@ def interrupts(place, taker, runs=5):
 
 
 def storm(source, strategy, size=32 << 20):
-    """Launch under a thousand signals a second."""
+    """Launch under a thousand signals a second; the guest takes 256 KiB for each at most."""
     struck = []
+
+    def keep_step(received):
+        wait_until(lambda: len(struck) >= received >> 18, what="a signal")
+
     signal.signal(signal.SIGALRM, lambda *_: struck.append(1))
     with tempfile.TemporaryDirectory(prefix="nv") as folder:
         bench = Bench(folder, size, source)
         watch = Watch(bench.sockets)
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGALRM})
         with bench.listening(strategy=strategy) as (launch, path):
-            guest = Guest(path)
+            guest = Guest(path, before_read=keep_step)
             signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
             signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
             report = launch.send(timeout=30)
@@ -433,8 +438,10 @@ def forks(does, while_sending=False):
 
     Return what the parent's launch came to.
     """
+    warnings.simplefilter("ignore")  # forking beside threads, and a copy that is not closed
+    statuses, forked = [], threading.Event()
     with tempfile.TemporaryDirectory(prefix="nv") as folder:
-        bench = Bench(folder, 1 << 20, "file")
+        bench = Bench(folder, 16 << 20, "file")
         watch = Watch(bench.sockets)
         with bench.listening() as (launch, path):
 
@@ -446,12 +453,13 @@ def forks(does, while_sending=False):
                     finally:
                         os._exit(1)
                 statuses.append(os.waitpid(child, 0)[1])
+                forked.set()
 
-            statuses = []
             if not while_sending:
                 fork()
             there = os.path.exists(path)
-            guest = Guest(path)
+            # Sending is what the parent does until the child has ended: the guest holds it there.
+            guest = Guest(path, before_read=lambda got: got < 1 << 20 or forked.wait(20))
             report = launch.send(timeout=20, progress=fork if while_sending else None)
         right = guest.result().rootfs_sha256 == bench.sha256
         return {
@@ -463,13 +471,11 @@ def forks(does, while_sending=False):
 
 
 def _in_child(launch, does):
-    if does == "exit":
-        os._exit(0)
     if does == "close":
         launch.close()
     elif does == "cancel":
         launch.cancel()
-    else:
+    elif does == "collect":
         launch.__del__()
     os._exit(0)
 

@@ -112,7 +112,7 @@ def test_forgotten_reader_warns_and_closes(uds):
         holder.clear()
 
 
-@pytest.mark.parametrize("does", ["exit", "close", "cancel"])
+@pytest.mark.parametrize("does", ["exit", "close", "cancel", "collect"])
 @pytest.mark.parametrize("while_sending", [False, True])
 def test_forked_child_takes_nothing_from_its_parent(does, while_sending):
     """The child ends or closes its copy: path, guest and stream are still the parent's."""
