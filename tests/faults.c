@@ -94,14 +94,14 @@ static ssize_t broken(ssize_t ret) {
 /* Calls that succeed or fail. */
 #define PLAIN(type, name, parameters, ...)                                                         \
     type name parameters {                                                                         \
-        return judge(#name, CALLER) == FAIL ? (type)-1 : REAL(name)(__VA_ARGS__);                  \
+        return judge(#name, CALLER) == FAIL ? (type)(-1) : REAL(name)(__VA_ARGS__);                \
     }
 
 /* Calls that take effect even where they report an error. */
 #define AFTERWARDS(type, name, parameters, ...)                                                    \
     type name parameters {                                                                         \
         type ret = REAL(name)(__VA_ARGS__);                                                        \
-        return judge(#name, CALLER) == FAIL ? (type)-1 : ret;                                      \
+        return judge(#name, CALLER) == FAIL ? (type)(-1) : ret;                                    \
     }
 
 /* Calls that move bytes: `count` of them. */
