@@ -385,8 +385,8 @@ class Listener(Holder):
         fd, self._fd = self._fd, -1
         inode, self._inode = self._inode, None
         # A forked child holds a copy of the descriptor, but the path is its parent's.
-        if inode is not None and self._pid == os.getpid():
-            path = Path(str(getattr(self.address, "path", "")))
+        if isinstance(self.address, UnixAddress) and inode and self._pid == os.getpid():
+            path = Path(self.address.path)
             # What cannot be removed, after a change of user for instance, stays.
             with suppress(OSError):
                 found = path.lstat()
