@@ -7,7 +7,7 @@
 #include <poll.h>
 #include <stdint.h>
 
-/* Every function returns >= 0, or a negative errno value. Six values never come from the system
+/* Every function returns >= 0, or a negative errno value. Seven values never come from the system
  * calls used here and carry a meaning of our own: */
 #define NV_E_TICK EAGAIN         /* wait.tick_ns has passed; nothing failed, call again */
 #define NV_E_DEADLINE ETIME      /* wait.deadline_ns has passed */
@@ -16,6 +16,7 @@
 #define NV_E_SHORT ENODATA       /* the source ended before its declared length */
 #define NV_E_PEER EREMCHG        /* strict gate: a peer with another CID connected */
 #define NV_E_READY EBADMSG       /* the peer's first byte is not the ready byte */
+#define NV_E_STAGE EXFULL        /* nv_source.stage is needed after all; set it and call again */
 
 #define NV_CID_ANY 0xffffffffu /* nv_gate.want_cid: admit any peer */
 #define NV_GATE_PENDING 64     /* connections a gate keeps waiting for their ready byte */
@@ -42,8 +43,9 @@ struct nv_peer {
 };
 
 /* Admission of the one peer that counts among any number of strangers. The caller sets listen_fd,
- * want_cid, strict and ready, zeroes the rest, and calls nv_gate_close in the end. The struct owns
- * pending[] and admitted_fd: a call that returns early loses nothing, the next one goes on. */
+ * want_cid, strict, ready and the opening, zeroes the rest, and calls nv_gate_close in the end. The
+ * struct owns pending[] and admitted_fd: a call that returns early loses nothing, the next one goes
+ * on. */
 struct nv_gate {
     int32_t listen_fd;
     uint32_t want_cid;
@@ -51,6 +53,10 @@ struct nv_gate {
     uint8_t ready;
     uint8_t admitted; /* 1: admitted_fd and peer are set, and the caller may take the descriptor */
     uint8_t talked;   /* 1: the error returned is a connection's, not the listening socket's */
+    const uint8_t
+        *opening; /* what answers the ready byte: that byte, and what may follow at once */
+    uint64_t opening_length; /* at least 1 */
+    uint64_t opening_sent;   /* how much of it the admitted peer's socket took, at least 1 */
     int32_t admitted_fd;
     struct nv_peer peer;      /* the admitted peer; after NV_E_PEER or NV_E_READY the refused one */
     uint32_t refused_cid;     /* closed: came from another CID */
@@ -71,9 +77,9 @@ enum nv_strategy {
 };
 
 /* A run of payload behind a descriptor. offset is used where the descriptor can seek, and the
- * descriptor's own position is then left alone. stage must be page-aligned memory of stage_size
- * bytes (a multiple of 64 KiB); stage_pos and stage_end must start as 0 and keep what was read from
- * a descriptor that cannot seek but not sent yet. */
+ * descriptor's own position is then left alone. stage is NULL, until a call answers NV_E_STAGE, or
+ * page-aligned memory of stage_size bytes (a multiple of 64 KiB); stage_pos and stage_end must
+ * start as 0 and keep what was read from a descriptor that cannot seek but not sent yet. */
 struct nv_source {
     int32_t fd;
     int32_t strategy; /* enum nv_strategy; set to NV_READ when the kernel refuses it */
@@ -117,11 +123,15 @@ int nv_accept(int listen_fd, struct nv_peer *peer, int32_t *fd_out);
  * afterwards. Returns 0. */
 int nv_enlarge_sndbuf(int fd, int want, int32_t *got);
 
+/* Let sends wait in the kernel, for usec at most each, before they say that the socket is full.
+ * Receives do not wait all the same. Returns 0. */
+int nv_block_briefly(int fd, int usec);
+
 /* nv_handshake.c */
 
-/* Accept until one peer from want_cid sends the ready byte, and answer it. Strangers are closed
- * and counted; with strict the first of them ends the call with NV_E_PEER or NV_E_READY. Returns 0
- * with gate->admitted set. */
+/* Accept until one peer from want_cid sends the ready byte, and answer it with the opening, in one
+ * send that does not wait. Strangers are closed and counted; with strict the first of them ends the
+ * call with NV_E_PEER or NV_E_READY. Returns 0 with gate->admitted set. */
 int nv_gate_admit(struct nv_gate *gate, const struct nv_wait *w);
 
 /* Close every connection the gate still owns. The listening socket is not the gate's. */

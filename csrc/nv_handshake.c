@@ -13,8 +13,8 @@ static int is_peers_fault(int64_t ret) {
     return ret == -EPIPE || ret == -ECONNRESET || ret == -ENOTCONN || ret == -EAGAIN;
 }
 
-/* Read the ready byte of a connection and answer it. Both fit a fresh socket, so neither waits. */
-static int look(int fd, uint8_t ready) {
+/* Read the ready byte of a connection and answer it with as much of the opening as fits. */
+static int look(struct nv_gate *g, int fd) {
     uint8_t byte = 0;
     int64_t ret = nv_sys_recv(fd, &byte, 1, MSG_DONTWAIT);
 
@@ -22,14 +22,17 @@ static int look(int fd, uint8_t ready) {
         return SILENT;
     if (ret <= 0)
         return REFUSED_CLOSED;
-    if (byte != ready)
+    if (byte != g->ready)
         return REFUSED_READY;
     do
-        ret = nv_sys_send(fd, &ready, 1, MSG_DONTWAIT | MSG_NOSIGNAL);
+        ret = nv_sys_send(fd, g->opening, (size_t)g->opening_length, MSG_DONTWAIT | MSG_NOSIGNAL);
     while (ret == -EINTR);
     if (is_peers_fault(ret))
         return REFUSED_CLOSED;
-    return ret < 0 ? (int)ret : READY;
+    if (ret < 0)
+        return (int)ret;
+    g->opening_sent = (uint64_t)ret;
+    return READY;
 }
 
 /* Take entry i out of pending[], keeping the order of arrival. */
@@ -51,7 +54,7 @@ static void refuse(struct nv_gate *g, uint32_t i, uint32_t *counter) {
 /* Look at pending connection i. Returns 1 when it was admitted and 0 when not; then it is still
  * there only if it keeps silent. */
 static int examine(struct nv_gate *g, uint32_t i) {
-    int found = look(g->pending[i], g->ready);
+    int found = look(g, g->pending[i]);
 
     if (found == SILENT)
         return 0;
@@ -120,6 +123,8 @@ static int take_in(struct nv_gate *g) {
         }
         if (fd >= 0)
             found = keep(g, fd, &peer);
+        if (found == 0 && ret == 0)
+            found = examine(g, g->npending - 1); /* its byte may be there already */
         if (found != 0)
             return found;
         if (ret < 0)

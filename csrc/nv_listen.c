@@ -190,3 +190,13 @@ int nv_enlarge_sndbuf(int fd, int want, int32_t *got) {
     *got = value;
     return 0;
 }
+
+int nv_block_briefly(int fd, int usec) {
+    const struct timeval limit = {.tv_sec = usec / 1000000, .tv_usec = usec % 1000000};
+    int ret = nv_sys_setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof(limit));
+
+    if (ret < 0)
+        return ret;
+    ret = nv_sys_getfl(fd);
+    return ret < 0 ? ret : nv_sys_setfl(fd, ret & ~O_NONBLOCK);
+}

@@ -3,9 +3,10 @@
 #include "nv_core.h"
 #include "nv_sys.h"
 
-/* Upper bound of one system call. It bounds the time away from deadline, cancel and signals; above
- * a few MiB larger calls gain nothing, since a socket takes its send buffer at most. */
-#define SLICE (8u << 20)
+/* Upper bound of one system call. It bounds the time away from deadline and cancel, also on a
+ * socket that waits in the kernel: a sendfile waits there for every 64 KiB. Larger calls gain
+ * nothing. */
+#define SLICE (1u << 20)
 
 /* Window of a mapping. Page tables are built and torn down a window at a time. */
 #define WINDOW (4u << 20)
@@ -23,7 +24,7 @@ static int64_t send_some(int fd, const uint8_t *buf, uint64_t length, const stru
     int64_t ret;
 
     x->calls++;
-    ret = nv_sys_send(fd, buf, (size_t)min_u64(length, SLICE), MSG_NOSIGNAL | MSG_DONTWAIT);
+    ret = nv_sys_send(fd, buf, (size_t)min_u64(length, SLICE), MSG_NOSIGNAL);
     if (ret == -EAGAIN)
         ret = nv_wait_fd(fd, POLLOUT, w);
     if (ret > 0)
@@ -231,7 +232,7 @@ static int64_t step(int fd, struct nv_source *s, const struct nv_wait *w, struct
     case NV_MMAP:
         return step_mapped(fd, s, w, x);
     default:
-        return step_staged(fd, s, w, x);
+        return s->stage ? step_staged(fd, s, w, x) : -NV_E_STAGE;
     }
 }
 

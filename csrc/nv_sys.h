@@ -51,6 +51,16 @@ static inline int nv_sys_setsockopt(int fd, int level, int name, const void *val
     return ret < 0 ? -errno : ret;
 }
 
+static inline int nv_sys_getfl(int fd) {
+    int ret = fcntl(fd, F_GETFL);
+    return ret < 0 ? -errno : ret;
+}
+
+static inline int nv_sys_setfl(int fd, int flags) {
+    int ret = fcntl(fd, F_SETFL, flags);
+    return ret < 0 ? -errno : ret;
+}
+
 static inline int nv_sys_unlink(const char *path) {
     int ret = unlink(path);
     return ret < 0 ? -errno : ret;
@@ -109,7 +119,7 @@ static inline int nv_sys_fstat(int fd, struct stat *st) {
 }
 
 static inline int nv_sys_mmap_read(int fd, size_t len, off_t offset, void **map) {
-    *map = mmap(NULL, len, PROT_READ, MAP_SHARED, fd, offset);
+    *map = mmap(NULL, len, PROT_READ, MAP_SHARED | MAP_POPULATE, fd, offset);
     return *map == MAP_FAILED ? -errno : 0;
 }
 

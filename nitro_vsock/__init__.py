@@ -1,65 +1,71 @@
 """Hand a booting AWS Nitro enclave its root file system, program and environment over vsock.
 
 Owns: the public names. Must not know: anything else.
+
+A name is imported when it is first asked for, so that a launcher pays for what it uses.
 """
 
-from nitro_vsock.deadline import DEFAULT_TIMEOUT, PollTimeout, poll_timeout
-from nitro_vsock.errors import (
-    ERRNO_TABLE,
-    BadStringError,
-    BusyError,
-    ClosedError,
-    ConnectTimeoutError,
-    DeadlineError,
-    DuplicateFrameError,
-    EarlyEndError,
-    EnclaveDiedError,
-    GuestRuleError,
-    HandshakeTimeoutError,
-    InvalidArgumentError,
-    LaunchCancelledError,
-    LimitExceededError,
-    MissingFrameError,
-    NitroVsockError,
-    PeerClosedError,
-    PollNoEventsError,
-    ProtocolError,
-    ReadySignalNotDetectedError,
-    SourceChangedError,
-    SourceError,
-    SourceReadError,
-    SourceTruncatedError,
-    Stage,
-    StreamTimeoutError,
-    UnknownFrameError,
-    UnsupportedError,
-    VsockAcceptError,
-    VsockBindError,
-    VsockCidMismatchError,
-    VsockConnectError,
-    VsockReadError,
-    VsockWriteError,
-)
-from nitro_vsock.frames import (
-    AppOutput,
-    EnclaveArg,
-    ExecArgv,
-    ExecEnvp,
-    ExecPath,
-    Finished,
-    FrameDecoder,
-    Limits,
-    NetworkProxy,
-    RootFilesystem,
-    RootfsData,
-)
-from nitro_vsock.progress import Progress
-from nitro_vsock.protocol import VMADDR_CID_ANY, FrameId, VsockPortOffset
-from nitro_vsock.proxies import DeviceProxy, DeviceProxyList
-from nitro_vsock.reader import EnclaveArgs, EnclaveArgsReader
-from nitro_vsock.sources import Rootfs
-from nitro_vsock.transport import Peer, Strategy, UnixAddress, VsockAddress
-from nitro_vsock.writer import EnclaveArgsWriter, Launch, LaunchReport
+from importlib import import_module
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from nitro_vsock.deadline import DEFAULT_TIMEOUT, PollTimeout, poll_timeout
+    from nitro_vsock.errors import (
+        ERRNO_TABLE,
+        BadStringError,
+        BusyError,
+        ClosedError,
+        ConnectTimeoutError,
+        DeadlineError,
+        DuplicateFrameError,
+        EarlyEndError,
+        EnclaveDiedError,
+        GuestRuleError,
+        HandshakeTimeoutError,
+        InvalidArgumentError,
+        LaunchCancelledError,
+        LimitExceededError,
+        MissingFrameError,
+        NitroVsockError,
+        PeerClosedError,
+        PollNoEventsError,
+        ProtocolError,
+        ReadySignalNotDetectedError,
+        SourceChangedError,
+        SourceError,
+        SourceReadError,
+        SourceTruncatedError,
+        Stage,
+        StreamTimeoutError,
+        UnknownFrameError,
+        UnsupportedError,
+        VsockAcceptError,
+        VsockBindError,
+        VsockCidMismatchError,
+        VsockConnectError,
+        VsockReadError,
+        VsockWriteError,
+    )
+    from nitro_vsock.frames import (
+        AppOutput,
+        EnclaveArg,
+        ExecArgv,
+        ExecEnvp,
+        ExecPath,
+        Finished,
+        FrameDecoder,
+        Limits,
+        NetworkProxy,
+        RootFilesystem,
+        RootfsData,
+    )
+    from nitro_vsock.progress import Progress
+    from nitro_vsock.protocol import VMADDR_CID_ANY, FrameId, VsockPortOffset
+    from nitro_vsock.proxies import DeviceProxy, DeviceProxyList
+    from nitro_vsock.reader import EnclaveArgs, EnclaveArgsReader
+    from nitro_vsock.sources import Rootfs
+    from nitro_vsock.transport import Peer, Strategy, UnixAddress, VsockAddress
+    from nitro_vsock.writer import EnclaveArgsWriter, Launch, LaunchReport
 
 __all__ = [
     # the host's side
@@ -132,3 +138,31 @@ __all__ = [
     "EarlyEndError",
     "GuestRuleError",
 ]
+
+_MODULES = (
+    "deadline",
+    "errors",
+    "frames",
+    "progress",
+    "protocol",
+    "proxies",
+    "sources",
+    "transport",
+    "writer",
+    "reader",
+)
+"""Where the names are; the cheaper to import, the earlier."""
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        for module in _MODULES:
+            found = vars(import_module(f"{__name__}.{module}")).get(name)
+            if found is not None:
+                globals()[name] = found
+                return found
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -13,6 +13,7 @@ import mmap
 import os
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -131,12 +132,17 @@ class Gate:
     Use as a context manager: leaving it closes what is left.
     """
 
-    def __init__(self, listen_fd: int, want_cid: int | None, ready: int, *, strict: bool) -> None:
+    def __init__(
+        self, listen_fd: int, want_cid: int | None, opening: bytes, *, strict: bool
+    ) -> None:
         self._gate = ffi.new("struct nv_gate *")
+        self._opening = ffi.new("uint8_t[]", opening)
+        self._gate.opening = self._opening
+        self._gate.opening_length = len(opening)
         self._gate.listen_fd = listen_fd
         self._gate.want_cid = lib.NV_CID_ANY if want_cid is None else want_cid
         self._gate.strict = strict
-        self._gate.ready = ready
+        self._gate.ready = opening[0]
 
     def __enter__(self) -> Self:
         return self
@@ -144,8 +150,10 @@ class Gate:
     def __exit__(self, *exc: object) -> None:
         lib.nv_gate_close(self._gate)
 
-    def admit(self, guard: Guard) -> int:
-        """Wait for the peer; return its descriptor, which is the caller's from then on.
+    def admit(self, guard: Guard) -> tuple[int, int]:
+        """Wait for the peer; return its descriptor and how much of the opening its socket took.
+
+        The descriptor is the caller's from then on.
 
         Raises what ERRNO_TABLE says: for stage handshake where a connected peer keeps silent or
         says something else, for stage accept otherwise.
@@ -158,7 +166,7 @@ class Gate:
                 code, Stage.HANDSHAKE if silent or gate.talked else Stage.ACCEPT
             )
         gate.admitted = 0
-        return int(gate.admitted_fd)
+        return int(gate.admitted_fd), int(gate.opening_sent)
 
     @property
     def peer(self) -> PeerInfo:
@@ -195,6 +203,11 @@ def enlarge_sndbuf(fd: int, want: int) -> int:
     return int(got[0]) if lib.nv_enlarge_sndbuf(fd, want, got) == 0 else 0
 
 
+def block_briefly(fd: int, usec: int) -> None:
+    """Let sends wait in the kernel for `usec` at most; a kernel that refuses is no error."""
+    lib.nv_block_briefly(fd, usec)
+
+
 def send(fd: int, data: bytes | memoryview, guard: Guard, meter: Meter) -> None:
     """Send all of a buffer; the meter is exact also after an error."""
     with ffi.from_buffer("uint8_t[]", data) as view:
@@ -217,24 +230,29 @@ def send_from(
 
     The meter is exact also after an error.
     """
-    with _stage(meter) as stage, ffi.from_buffer("uint8_t[]", stage) as memory:
-        source = ffi.new("struct nv_source *")
-        source.fd = source_fd
-        source.strategy = strategy
-        source.seekable = seekable
-        source.offset = offset
-        source.length = length
-        source.stage = memory
-        source.stage_size = STAGE_BYTES
-        _transfer(lambda xfer: lib.nv_send_from(fd, source, guard.wait, xfer), guard, meter)
-        return int(source.strategy)
+    source = ffi.new("struct nv_source *")
+    source.fd = source_fd
+    source.strategy = strategy
+    source.seekable = seekable
+    source.offset = offset
+    source.length = length
 
+    with ExitStack() as stack:
 
-def _stage(meter: Meter) -> mmap.mmap:
-    try:
-        return mmap.mmap(-1, STAGE_BYTES)
-    except OSError as error:
-        raise _failed(error.errno or 0, meter) from error
+        def call(xfer: Any) -> int:
+            code = int(lib.nv_send_from(fd, source, guard.wait, xfer))
+            if code != -lib.NV_E_STAGE:
+                return code
+            try:
+                stage = stack.enter_context(mmap.mmap(-1, STAGE_BYTES))
+            except OSError as error:
+                return -(error.errno or errno.ENOMEM)
+            source.stage = stack.enter_context(ffi.from_buffer("uint8_t[]", stage))
+            source.stage_size = STAGE_BYTES
+            return int(lib.nv_send_from(fd, source, guard.wait, xfer))
+
+        _transfer(call, guard, meter)
+    return int(source.strategy)
 
 
 def _failed(code: int, meter: Meter, *, source: bool = False) -> errors.NitroVsockError:

@@ -55,6 +55,30 @@ class OpenRootfs:
         payload = self.payload
         return payload.length if isinstance(payload, FilePayload) else payload.nbytes
 
+    def read_small(self, limit: int) -> bytes | None:
+        """Return the whole archive where it has at most `limit` bytes and is at hand; else None.
+
+        At hand is a regular file, and memory that is no mapping: to touch a mapping whose file has
+        shrunk would kill the process.
+
+        Raises:
+            SourceTruncatedError, SourceReadError: as sending it would.
+        """
+        payload = self.payload
+        if self.length > limit:
+            return None
+        if isinstance(payload, memoryview):
+            return bytes(payload) if isinstance(payload.obj, (bytes, bytearray)) else None
+        if not payload.seekable or not stat.S_ISREG(payload.mode) or _is_direct(payload.fd):
+            return None
+        try:
+            data = os.pread(payload.fd, payload.length, payload.offset)
+        except OSError as error:
+            raise _unreadable(self.name, "read", error, Stage.ROOTFS) from error
+        if len(data) < payload.length:
+            return None  # sending it says what is wrong, and when
+        return data
+
     def verify(self) -> None:
         """Check that the file was not written to since it was opened; call it before Finished.
 
@@ -268,13 +292,16 @@ def _checked(source: OpenRootfs) -> OpenRootfs:
 
 
 def _peek(payload: FilePayload, name: str) -> bytes:
-    flags = fcntl.fcntl(payload.fd, fcntl.F_GETFL)
-    if flags & os.O_DIRECT:
+    if _is_direct(payload.fd):
         return b""  # would need aligned memory
     try:
         return os.pread(payload.fd, min(_MAGIC_BYTES, payload.length), payload.offset)
     except OSError as error:
         raise _unreadable(name, "read", error) from error
+
+
+def _is_direct(fd: int) -> bool:
+    return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_DIRECT)
 
 
 def _refuse_empty(source: OpenRootfs) -> None:

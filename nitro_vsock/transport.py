@@ -43,6 +43,10 @@ MAX_UNIX_PATH: Final = 107
 SEND_BUFFER: Final = 4 << 20
 """Bytes asked of SO_SNDBUF on Unix sockets; sendfile into the default is three times slower."""
 
+WAIT_IN_KERNEL: Final = 10_000
+"""Microseconds that a send on AF_VSOCK may wait for room. Credit comes in small lumps there, and to
+poll for each is dear. Unix sockets gain nothing by it."""
+
 BACKLOG: Final = 128
 """Connections the kernel keeps for us between two looks."""
 
@@ -349,27 +353,29 @@ class Listener(Holder):
         return self._fd
 
     def admit(
-        self, ready: int, want_cid: int | None, guard: _lib.Guard, *, strict: bool
-    ) -> tuple[Stream, dict[str, int]]:
+        self, opening: bytes, want_cid: int | None, guard: _lib.Guard, *, strict: bool
+    ) -> tuple[Stream, int, dict[str, int]]:
         """Wait for the peer that sends the ready byte, and answer it.
 
         Args:
-            ready: the byte, 0 to 255.
+            opening: the answer: the ready byte, and what may follow it at once. What the socket
+                does not take without waiting is not sent.
             want_cid: refuse other CIDs; None admits any. Without meaning on Unix sockets.
             guard: when to give up.
             strict: end with an error at the first stranger.
 
         Returns:
-            The stream, and the strangers refused by reason.
+            The stream, bytes of the opening that were sent (1 at least), and the strangers refused
+            by reason.
 
         Raises:
             NitroVsockError: as the errno table says, with `refused` set.
         """
         if isinstance(self.address, UnixAddress):
             want_cid = None
-        with self._in_use(), _lib.Gate(self._fd, want_cid, ready, strict=strict) as gate:
+        with self._in_use(), _lib.Gate(self._fd, want_cid, opening, strict=strict) as gate:
             try:
-                fd = gate.admit(guard)
+                fd, sent = gate.admit(guard)
             except NitroVsockError as error:
                 error.refused = gate.refused
                 if isinstance(error, VsockCidMismatchError):
@@ -379,7 +385,7 @@ class Listener(Holder):
                     error.explain(f"strangers refused: {gate.refused}")
                 raise
             stream = Stream(fd, self.address.family, Peer._from(gate.peer), self._wake_up)
-            return stream, gate.refused
+            return stream, sent, gate.refused
 
     def _release(self) -> None:
         fd, self._fd = self._fd, -1
@@ -408,6 +414,8 @@ class Stream(Holder):
         self.family = family
         self.peer = peer
         self._enlarged = False
+        if family == socket.AF_VSOCK:
+            _lib.block_briefly(fd, WAIT_IN_KERNEL)
 
     def fileno(self) -> int:
         """The descriptor, -1 once closed."""

@@ -9,7 +9,7 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Union
 
@@ -59,6 +59,10 @@ logger = logging.getLogger("nitro_vsock")
 logger.addHandler(logging.NullHandler())
 
 Environment = Union[Mapping[str, str], Mapping[bytes, bytes], Iterable[Text]]
+
+SMALL_ROOTFS: Final = 60 << 10
+"""Bytes of an archive that is sent together with the arguments: all of it fits one 64 KiB packet of
+AF_VSOCK, whose first 4 KiB hold every length."""
 
 _PATH: Final = b"PATH="
 
@@ -465,24 +469,38 @@ class Launch(Holder):
         packets = encode_packets([*self._writer.args, RootFilesystem(self._source.length)])
         finished = Finished().encode()
         meter.total = sum(map(len, packets)) + self._source.length + len(finished)
+        small = self._read_small(packets)
+        strategy = Strategy.SEND if isinstance(self._source.payload, memoryview) else Strategy.READ
+        at_once = [
+            *((Stage.ARGUMENTS, packet) for packet in packets),
+            *([(Stage.ROOTFS, small), (Stage.FINISH, finished)] if small else []),
+        ]
+        together = len(at_once) if small else 1
+        opening = bytes([protocol.READY]) + b"".join(data for _, data in at_once[:together])
 
-        self._stream, strangers = self._listener.admit(
-            protocol.READY, self._peer_cid, guard, strict=self._strict_peer
+        self._stream, sent, strangers = self._listener.admit(
+            opening, self._peer_cid, guard, strict=self._strict_peer
         )
         phases.end("accept")
         logger.debug("%s connected; refused before: %s", self._stream.peer, strangers)
 
         meter.begin(Stage.ARGUMENTS)
-        for packet in packets:
-            self._stream.send(packet, guard, meter)
+        meter.done, meter.calls = sent - 1, 1
+        skip = meter.done
+        for stage, data in at_once:
+            meter.stage = stage
+            if skip < len(data):
+                self._stream.send(memoryview(data)[skip:], guard, meter)
+            skip = max(skip - len(data), 0)
         phases.end("arguments")
 
-        meter.stage = Stage.ROOTFS
-        strategy = self._send_rootfs(self._stream, guard, meter)
+        if not small:
+            meter.stage = Stage.ROOTFS
+            strategy = self._send_rootfs(self._stream, guard, meter)
         phases.end("rootfs")
-
-        meter.stage = Stage.FINISH
-        self._stream.send(finished, guard, meter)
+        if not small:
+            meter.stage = Stage.FINISH
+            self._stream.send(finished, guard, meter)
         meter.stage = Stage.CLOSE
         if wait_closed:
             self._await_close(self._stream, guard, meter)
@@ -500,6 +518,15 @@ class Launch(Holder):
         )
         logger.debug("launch for CID %d done: %s", self.cid, report)
         return report
+
+    def _read_small(self, packets: Sequence[bytes]) -> bytes | None:
+        """Return an archive that is small enough to travel in one send with everything else."""
+        if self._strategy not in (Strategy.AUTO, Strategy.SEND) or len(packets) > 1:
+            return None
+        small = self._source.read_small(SMALL_ROOTFS)
+        if small:
+            self._source.verify()
+        return small
 
     def _send_rootfs(self, stream: Stream, guard: Guard, meter: Meter) -> Strategy:
         payload = self._source.payload

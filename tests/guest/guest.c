@@ -3,9 +3,11 @@
  * Must not know: anything of the package it tests.
  *
  * It prints one line of JSON a launch. Options let it stall, shrink its receive window, trickle,
- * stop reading or die at a chosen byte. */
+ * stop reading or die at a chosen byte. For benchmarks it can drain the root file system through a
+ * small buffer, or store it in a file; the digest is then taken only when asked for. */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <getopt.h>
 #include <inttypes.h>
 #include <linux/vm_sockets.h>
@@ -22,6 +24,7 @@
 
 #define READY 0xb7
 #define NEVER UINT64_MAX
+#define SCRAP (1u << 20)
 
 enum frame { ROOTFS, PATH, ARGV, ENVP, NETWORK, OUTPUT, FINISHED = 255 };
 
@@ -35,9 +38,12 @@ static struct options {
     uint64_t stall_us; /* longest pause before a read */
     uint64_t trickle;  /* most bytes of a payload read at once, 0: all */
     uint64_t repeat;
+    const char *store; /* drain the root file system into this file */
     unsigned seed;
-    bool hold; /* do not close after Finished */
-    bool told; /* read a byte of standard input before each launch */
+    bool drain;  /* read the root file system through a small buffer, in place of fresh memory */
+    bool digest; /* with drain: compute the digest all the same */
+    bool hold;   /* do not close after Finished */
+    bool told;   /* read a byte of standard input before each launch */
 } o = {.cid = 2, .die_at = NEVER, .stop_at = NEVER, .repeat = 1};
 
 static struct taken {
@@ -49,6 +55,8 @@ static struct taken {
     uLong strings_crc; /* of every string with its NUL, in order */
     uLong rootfs_crc;
     uint8_t *rootfs;
+    int64_t connected_ns; /* CLOCK_MONOTONIC, before the connect that succeeded */
+    int64_t finished_ns;  /* and after Finished was read */
     char order[16];
 } t;
 
@@ -63,6 +71,13 @@ static bool fail(const char *why) {
 static void pause_us(uint64_t us) {
     struct timespec ts = {.tv_sec = (time_t)(us / 1000000), .tv_nsec = (long)(us % 1000000) * 1000};
     nanosleep(&ts, NULL);
+}
+
+static int64_t now_ns(void) {
+    struct timespec ts;
+
+    clock_gettime(CLOCK_MONOTONIC, &ts);
+    return ts.tv_sec * INT64_C(1000000000) + ts.tv_nsec;
 }
 
 /* One read, as the guest makes it. */
@@ -131,6 +146,27 @@ static uint8_t *read_block(int fd, uint64_t *len) {
     return block;
 }
 
+/* Take the root file system without keeping it in memory. */
+static bool drain_block(int fd, uint64_t *len) {
+    static uint8_t scrap[SCRAP];
+    int file = o.store ? open(o.store, O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600) : -1;
+    bool ok = read_number(fd, len) && (file >= 0 || !o.store || fail("cannot store"));
+
+    for (uint64_t left = *len; ok && left > 0;) {
+        ssize_t got = read_once(fd, scrap, left < SCRAP ? (size_t)left : SCRAP);
+
+        if (got > 0 && o.digest)
+            t.rootfs_crc = crc32_z(t.rootfs_crc, scrap, (size_t)got);
+        if (got > 0 && file >= 0 && write(file, scrap, (size_t)got) != got)
+            got = fail("cannot store");
+        ok = got > 0;
+        left -= ok ? (uint64_t)got : 0;
+    }
+    if (file >= 0)
+        close(file);
+    return ok;
+}
+
 static bool read_string(int fd) {
     uint64_t len;
     uint8_t *string = read_block(fd, &len);
@@ -162,6 +198,11 @@ static bool read_frames(int fd) {
         t.order[n] = (char)('0' + (id == FINISHED ? 9 : id));
         switch (id) {
         case ROOTFS:
+            if (o.drain || o.store) {
+                if (!drain_block(fd, &t.rootfs_bytes))
+                    return false;
+                break;
+            }
             t.rootfs = read_block(fd, &t.rootfs_bytes);
             if (t.rootfs == NULL)
                 return false;
@@ -228,9 +269,12 @@ static bool shake_hands(int fd) {
 }
 
 /* The real guest tries once. The tests start this one before the writer listens. */
-static int connect_patiently(void) {
+static int connect_patiently(int64_t *connected_ns) {
     for (int attempt = 0; attempt < 30000; attempt++) {
-        int fd = connect_once();
+        int fd;
+
+        *connected_ns = now_ns();
+        fd = connect_once();
 
         if (fd >= 0 || (errno != ECONNRESET && errno != ECONNREFUSED && errno != ENOENT))
             return fd;
@@ -241,13 +285,16 @@ static int connect_patiently(void) {
 
 static bool launch(void) {
     bool ok;
-    int fd = connect_patiently();
+    int64_t connected_ns;
+    int fd = connect_patiently(&connected_ns);
 
     memset(&t, 0, sizeof(t));
+    t.connected_ns = connected_ns;
     failure = NULL;
     if (fd < 0)
         return fail("nobody to launch with");
     ok = shake_hands(fd) ? read_frames(fd) : fail("no ready byte");
+    t.finished_ns = now_ns();
     while (ok && o.hold)
         pause();
     close(fd);
@@ -256,29 +303,24 @@ static bool launch(void) {
     free(t.rootfs);
     printf("{\"ok\": %s, \"error\": \"%s\", \"received\": %" PRIu64 ", \"reads\": %" PRIu64
            ", \"argv\": %" PRIu64 ", \"envp\": %" PRIu64 ", \"strings_crc\": %lu"
-           ", \"rootfs_bytes\": %" PRIu64 ", \"rootfs_crc\": %lu, \"order\": \"%s\"}\n",
-
+           ", \"rootfs_bytes\": %" PRIu64 ", \"rootfs_crc\": %lu, \"order\": \"%s\""
+           ", \"connected_ns\": %" PRId64 ", \"finished_ns\": %" PRId64 "}\n",
            ok ? "true" : "false", failure ? failure : "", t.received, t.reads, t.argv, t.envp,
-           t.strings_crc, t.rootfs_bytes, t.rootfs_crc, t.order);
+           t.strings_crc, t.rootfs_bytes, t.rootfs_crc, t.order, t.connected_ns, t.finished_ns);
     fflush(stdout);
     return ok;
 }
 
 int main(int argc, char **argv) {
     static const struct option names[] = {
-        {"cid", 1, 0, 'c'},
-        {"port", 1, 0, 'p'},
-        {"unix", 1, 0, 'u'},
-        {"window", 1, 0, 'w'},
-        {"die-at", 1, 0, 'd'},
-        {"stop-at", 1, 0, 's'},
-        {"stall-us", 1, 0, 'S'},
-        {"trickle", 1, 0, 't'},
-        {"repeat", 1, 0, 'r'},
-        {"seed", 1, 0, 'e'},
-        {"hold", 0, 0, 'h'},
-        {"told", 0, 0, 'T'},
-        {0, 0, 0, 0},
+        {"cid", 1, 0, 'c'},      {"port", 1, 0, 'p'},
+        {"unix", 1, 0, 'u'},     {"window", 1, 0, 'w'},
+        {"die-at", 1, 0, 'd'},   {"stop-at", 1, 0, 's'},
+        {"stall-us", 1, 0, 'S'}, {"trickle", 1, 0, 't'},
+        {"repeat", 1, 0, 'r'},   {"seed", 1, 0, 'e'},
+        {"store", 1, 0, 'f'},    {"drain", 0, 0, 'D'},
+        {"digest", 0, 0, 'C'},   {"hold", 0, 0, 'h'},
+        {"told", 0, 0, 'T'},     {0, 0, 0, 0},
     };
     bool all_ok = true;
     int name;
@@ -316,6 +358,15 @@ int main(int argc, char **argv) {
             break;
         case 'e':
             o.seed = (unsigned)value;
+            break;
+        case 'f':
+            o.store = optarg;
+            break;
+        case 'D':
+            o.drain = true;
+            break;
+        case 'C':
+            o.digest = true;
             break;
         case 'h':
             o.hold = true;
