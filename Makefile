@@ -6,11 +6,13 @@ BIN := $(VENV)/bin
 CORE := setup.py pyproject.toml $(wildcard csrc/*)
 GCC_LINT := -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
+C_FILES := $(wildcard csrc/*.[ch] tests/*.c tests/guest/*.c bench/peers/*.[ch])
+
 KERNEL ?= 6.1
 VM_FOLDER := build/vsock-$(KERNEL)
 VSOCK_TESTS := $(wildcard tests/test_vsock_*.py)
 
-.PHONY: help demo test test-vsock lint format clean
+.PHONY: help demo test test-vsock bench bench-quick bench-vsock report lint format clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -31,17 +33,38 @@ test-vsock: $(VENV)/.vm ## the AF_VSOCK tests: here where CID 1 answers, else in
 	VNG=$(BIN)/vng KERNEL=$(KERNEL) scripts/with-loopback $(VM_FOLDER) $(BIN)/python -m pytest \
 	  -p no:cacheprovider --junitxml=$(VM_FOLDER)/junit.xml $(VSOCK_TESTS) $(ARGS)
 
+PYTEST_BENCH := -m pytest -p no:cacheprovider --override-ini=addopts= --strict-markers --benchmark-columns=median
+RESULTS := build/bench
+
+bench: $(VENV)/.bench ## every benchmark beside its peers, AF_VSOCK too; writes docs/performance.md
+	mkdir -p $(RESULTS)
+	$(BIN)/python $(PYTEST_BENCH) bench -m "not quick and not vsock" --benchmark-json=$(RESULTS)/unix.json $(ARGS)
+	$(MAKE) bench-vsock KERNEL=6.1
+	$(MAKE) bench-vsock KERNEL=6.12
+	$(BIN)/python bench/report.py $(RESULTS) docs
+
+bench-quick: $(VENV)/.bench ## the benchmarks that CI runs, against their floors
+	$(BIN)/python $(PYTEST_BENCH) bench -m "not full and not vsock" --quick $(ARGS)
+
+bench-vsock: $(VENV)/.bench $(VENV)/.vm ## the AF_VSOCK benchmarks: here where CID 1 answers, else in a VM; KERNEL=
+	mkdir -p $(RESULTS)
+	VNG=$(BIN)/vng KERNEL=$(KERNEL) scripts/with-loopback $(RESULTS)/vsock-$(KERNEL) $(BIN)/python \
+	  $(PYTEST_BENCH) bench -m vsock --benchmark-json=$(RESULTS)/vsock-$(KERNEL).json $(ARGS)
+
+report: $(VENV)/.bench ## docs/performance.md and its pictures from the last `make bench`
+	$(BIN)/python bench/report.py $(RESULTS) docs
+
 lint: $(VENV)/.dev ## types, style, C warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.[ch] tests/*.c tests/guest/*.c
+	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 	$(foreach file,$(wildcard csrc/*.c),gcc $(GCC_LINT) -fsyntax-only $(file) &&) true
 
 format: $(VENV)/.dev ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix-only --quiet .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.[ch] tests/*.c tests/guest/*.c
+	$(BIN)/clang-format -i $(C_FILES)
 
 clean: ## remove everything that was built, .venv too
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -19,6 +19,7 @@ from typing import Any, Final, NoReturn, TypeVar
 import click
 
 from nitro_vsock import errors
+from nitro_vsock.cli import bench as comparison
 from nitro_vsock.cli import demo as demonstration
 from nitro_vsock.cli import doctor as examination
 from nitro_vsock.cli import failures, output
@@ -304,6 +305,72 @@ def demo(settings: Settings, rootfs: Path | None, size: int | None, timeout: flo
             f"  sha256       {outcome.sha256}",
             "The digests agree.",
         ],
+    )
+
+
+@cli.command(epilog=_EPILOG)
+@click.option(
+    "--rootfs",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    metavar="FILE",
+    help="What to send.  [default: random bytes]",
+)
+@click.option(
+    "--size",
+    type=parse_size,
+    default="256MiB",
+    show_default=True,
+    metavar="SIZE",
+    help="How much to send, without --rootfs; it takes this much disk, twice with socat.",
+)
+@click.option(
+    "--rounds", type=click.IntRange(min=1), default=5, show_default=True, help="Launches of each."
+)
+@click.option(
+    "--cid",
+    type=int,
+    metavar="CID",
+    help="A real reader's, which connects once for every launch.  [default: a reader of ours]",
+)
+@_uds_option
+@_global_options
+@click.pass_obj
+def bench(
+    settings: Settings,
+    rootfs: Path | None,
+    size: int,
+    rounds: int,
+    cid: int | None,
+    uds_path: str | None,
+) -> None:
+    """Compare senders on this machine, by turns in one run.
+
+    They are this package with each strategy, socket.sendfile, a loop of read and sendall, and socat
+    where it is installed. Each runs in a process of its own and sends the same bytes, over AF_VSOCK
+    where loopback answers, else over a Unix socket; with --cid, to a reader of yours.
+    """
+    if uds_path is not None and cid is None:
+        raise click.UsageError("--uds-path needs --cid")
+    with comparison.arena(size, rootfs, cid, uds_path) as (place, archive, wire):
+        output.print_note(f"transport: {place.transport}")
+        length = archive.stat().st_size
+        rows = comparison.run(
+            place,
+            comparison.entrants(place, archive, wire),
+            length,
+            rounds,
+            lambda done, total: output.print_note(f"{done} of {total} launches"),
+        )
+    output.print_result(
+        settings,
+        {
+            "transport": place.transport,
+            "kernel": os.uname().release,
+            "rootfs_bytes": length,
+            "rounds": rounds,
+            "senders": comparison.as_objects(rows),
+        },
+        output.describe_rows(rows),
     )
 
 

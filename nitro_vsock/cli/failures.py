@@ -86,6 +86,10 @@ class DemoError(Exception):
         self.details = details or {}
 
 
+class ContestError(Exception):
+    """A process of a comparison failed; there is no result."""
+
+
 def exit_code(error: BaseException) -> int:
     """Return what to exit with."""
     if isinstance(error, DemoError):
@@ -113,7 +117,7 @@ def message(error: BaseException) -> str:
         text = str(error)
         if error.must_terminate_enclave:
             text += "; the enclave holds part of the launch: end it"
-    elif isinstance(error, (DemoError, OSError)):
+    elif isinstance(error, (DemoError, ContestError, OSError)):
         text = str(error)
     else:
         text = f"unexpected {type(error).__name__}: {error}"

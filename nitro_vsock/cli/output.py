@@ -11,7 +11,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,6 +21,7 @@ from typing import Any, Final
 import click
 
 from nitro_vsock.cli import failures
+from nitro_vsock.cli.bench import Row
 from nitro_vsock.progress import Progress
 from nitro_vsock.reader import EnclaveArgs
 
@@ -100,6 +101,16 @@ def describe_args(args: EnclaveArgs) -> list[str]:
         f"flags        {' '.join(flags) or 'none'}",
         f"rootfs       {args.rootfs_length:,} bytes",
         f"sha256       {args.rootfs_sha256}",
+    ]
+
+
+def describe_rows(rows: Sequence[Row]) -> list[str]:
+    """Return a comparison as a table: medians, and our rate over each sender's."""
+    head = f"{'sender':24} {'rate':>14} {'cpu s/GiB':>10} {'peak memory':>12} {'auto is':>9}"
+    return [head] + [
+        f"{row.name:24} {format_bytes(row.rate) + '/s':>14} {row.cpu_per_gib:>10.3f} "
+        f"{'-' if row.peak is None else format_bytes(row.peak):>12} {row.ratio:>8.2f}x"
+        for row in rows
     ]
 
 

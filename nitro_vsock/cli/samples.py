@@ -14,6 +14,7 @@ import click
 
 _LEFT_OUT: Final = frozenset({"__pycache__", "site-packages", "dist-packages", "test"})
 _BLOCK: Final = tarfile.BLOCKSIZE
+_MIB: Final = 1 << 20
 
 
 def pack_standard_library(path: Path) -> str:
@@ -60,3 +61,11 @@ def zeros(size: int, folder: str, *, in_memory: bool) -> Iterator[Path]:
         file.write(member.tobuf(tarfile.GNU_FORMAT))
         file.truncate(_BLOCK + member.size + end_of_archive)
         yield Path(f"/proc/self/fd/{fd}")
+
+
+def noise(path: Path, size: int) -> None:
+    """Write `size` bytes that take their space, and begin like no compressed file."""
+    block = b"r" + os.urandom(_MIB - 1)
+    with path.open("wb") as file:
+        for at in range(0, size, _MIB):
+            file.write(block[: size - at])

@@ -1,0 +1,202 @@
+"""Owns: what every benchmark needs: archives, compiled peers, addresses, the reader, the entrants.
+
+Must not know: which figures are made of them.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import zlib
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from nitro_vsock.cli import child, contest, senders
+from nitro_vsock.cli.contest import Entrant
+
+PEERS = Path(__file__).resolve().parent / "peers"
+GUEST = PEERS.parent.parent / "tests" / "guest" / "guest.c"
+PORT = 2017
+MIB = 1 << 20
+GIB = 1 << 30
+ENOUGH = 1 << 20
+
+OURS = "nitro_vsock"
+CEILING = "ceiling: sendfile"
+RESIDENT = "ceiling: resident memory"
+REFERENCE = "reference way"
+STANDARD = ("socket.sendfile", "read+sendall")
+SOCAT = "socat"
+
+
+@dataclass(frozen=True)
+class Archive:
+    """A file of bytes that stand for an archive.
+
+    `wire` is the whole stream in one file, for socat, which can send but one.
+    """
+
+    path: Path
+    size: int
+    crc: int
+    head: Path
+    wire: Path | None
+
+    @property
+    def received(self):
+        """Bytes that a reader counts: all but the ready byte."""
+        return len(senders.head(self.size)) - 1 + self.size + len(senders.TAIL)
+
+
+def make_archive(folder, size, *, wire):
+    """Write an archive in which no two MiB are alike."""
+    path = folder / f"archive-{size}"
+    block = bytearray(os.urandom(min(size, MIB)))
+    crc = 0
+    with path.open("wb") as file:
+        for number in range(size // len(block)):
+            block[:8] = number.to_bytes(8, "big")
+            crc = zlib.crc32(block, crc)
+            file.write(block)
+        file.flush()
+        os.fdatasync(file.fileno())
+    head = folder / f"head-{size}"
+    head.write_bytes(senders.head(size))
+    whole = folder / f"wire-{size}" if wire else None
+    if whole:
+        with whole.open("wb") as out, path.open("rb") as file:
+            out.write(senders.head(size))
+            shutil.copyfileobj(file, out, MIB)
+            out.write(senders.TAIL)
+    return Archive(path, path.stat().st_size, crc, head, whole)
+
+
+def compile_tools(folder):
+    """Compile the guest and the peers; return their folder and the reference's language."""
+
+    def build(*command):
+        subprocess.run([str(part) for part in command], check=True)
+
+    build("gcc", "-std=c11", "-O2", GUEST, "-o", folder / "guest", "-lz")
+    for name in ("ceiling", "meter"):
+        build("gcc", "-std=c11", "-O2", PEERS / f"{name}.c", "-o", folder / name)
+    if shutil.which("rustc"):
+        source = PEERS / "reference.rs"
+        build("rustc", "--edition=2021", "-O", "-o", folder / "reference", source)
+        return "Rust"
+    build("gcc", "-std=c11", "-O2", PEERS / "reference.c", "-o", folder / "reference")
+    return "C"
+
+
+@dataclass
+class Arena:
+    """A transport with everything that runs over it."""
+
+    transport: str  # "unix" or "vsock"
+    folder: Path
+    strategy: str = "auto"
+    archives: dict = field(default_factory=dict)
+
+    @cached_property
+    def language(self):
+        """What the reference's stand-in is written in."""
+        return compile_tools(self.folder)
+
+    @property
+    def address(self):
+        """Where senders listen."""
+        if self.transport == "unix":
+            return f"unix:{self.folder / 'v.sock'}_{PORT}"
+        return f"vsock:{senders.protocol.VMADDR_CID_ANY}:{PORT}"
+
+    def archive(self, size, *, wire=True):
+        """Return an archive of this size, made once and kept."""
+        if size not in self.archives:
+            self.archives[size] = make_archive(self.folder, size, wire=wire)
+        return self.archives[size]
+
+    def forget(self, size):
+        """Remove an archive, which takes twice its size of disk and page cache."""
+        archive = self.archives.pop(size)
+        for path in (archive.path, archive.head, archive.wire):
+            if path:
+                path.unlink()
+
+    def reader(self, *options):
+        """Return the guest's command for one launch."""
+        assert self.language
+        where = (
+            f"--unix={self.address.removeprefix('unix:')}"
+            if self.transport == "unix"
+            else f"--port={PORT}"
+        )
+        return [str(self.folder / "guest"), "--told", where, *options]
+
+    def ours(self, archive, strategy=None):
+        """Return the package as an entrant."""
+        name = OURS if strategy is None else f"{OURS}: {strategy}"
+        return Entrant(name, self._python(strategy or self.strategy, archive.path))
+
+    def _python(self, name, path):
+        return child.python_command("nitro_vsock.cli.senders", name, self.address, str(path))
+
+    def _metered(self, name, *args):
+        assert self.language
+        return [str(self.folder / "meter"), str(name), *map(str, args)]
+
+    def peers(self, archive):
+        """Return whom we are compared with."""
+        for name in STANDARD:
+            yield Entrant(name, self._python(name, archive.path))
+        texts = [text.decode() for text in (*senders.ARGV, *senders.ENVP)]
+        yield Entrant(
+            REFERENCE,
+            self._metered(
+                self.folder / "reference",
+                *(self.address, senders.EXEC_PATH.decode(), archive.path),
+                *(len(senders.ARGV), *texts),
+            ),
+        )
+        if archive.wire and shutil.which("socat"):
+            listener = self.address.removeprefix("unix:")
+            listener = (
+                f"UNIX-LISTEN:{listener}" if self.transport == "unix" else f"VSOCK-LISTEN:{PORT}"
+            )
+            command = ("socat", "-u", "-b", MIB, f"OPEN:{archive.wire}", listener)
+            yield Entrant(SOCAT, self._metered(*command))
+
+    def ceilings(self, archive):
+        """Return what the kernel gives at most."""
+        for name, mode in ((CEILING, "sendfile"), (RESIDENT, "resident")):
+            args = (mode, self.address, archive.head, archive.path)
+            yield Entrant(name, self._metered(self.folder / "ceiling", *args))
+
+    def check_bytes(self, entrant, archive):
+        """Let the guest compute the digest of what an entrant sends, once, untimed."""
+        contest.launch(
+            entrant.command,
+            self.reader("--drain", "--digest"),
+            {"received": archive.received, "rootfs_crc": archive.crc, "ok": True},
+        )
+
+    def launch(self, entrant, archive, *reader_options):
+        """Do one timed launch, every byte counted."""
+        return contest.launch(
+            entrant.command,
+            self.reader(*(reader_options or ["--drain"])),
+            {"received": archive.received, "rootfs_bytes": archive.size, "ok": True},
+        )
+
+
+def loopback_answers():
+    """Return whether CID 1 answers on this kernel."""
+    from nitro_vsock.cli.doctor import loopback_problem
+
+    return hasattr(socket, "AF_VSOCK") and loopback_problem() is None
+
+
+def read_lines(text):
+    """Return the JSON objects of a text, one a line."""
+    return [json.loads(line) for line in text.splitlines()]

@@ -1,0 +1,73 @@
+/* Owns: the most that this kernel gives, for comparison: nothing but sendfile, or send from memory
+ * that is resident already, on a tuned non-blocking socket. Not a sender to use: it checks nothing.
+ *   ceiling sendfile|resident ADDRESS HEAD ARCHIVE */
+#define _GNU_SOURCE
+#include "peer.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <sys/sendfile.h>
+
+#define SNDBUF (4 << 20)
+
+static void wait_room(int fd) {
+    struct pollfd p = {.fd = fd, .events = POLLOUT};
+
+    if (errno != EAGAIN || poll(&p, 1, -1) < 0)
+        err(1, "sending");
+}
+
+static void send_memory(int fd, const uint8_t *data, uint64_t size) {
+    for (uint64_t at = 0; at < size;) {
+        ssize_t sent = send(fd, data + at, size - at, MSG_NOSIGNAL | MSG_DONTWAIT);
+
+        if (sent < 0)
+            wait_room(fd);
+        else
+            at += (uint64_t)sent;
+    }
+}
+
+static void send_file(int fd, int from, uint64_t size) {
+    off_t at = 0;
+
+    while ((uint64_t)at < size) {
+        ssize_t sent = sendfile(fd, from, &at, size - (uint64_t)at);
+
+        if (sent < 0)
+            wait_room(fd);
+        else if (sent == 0)
+            errx(1, "the archive ended early");
+    }
+}
+
+int main(int argc, char **argv) {
+    uint64_t head_size, size;
+    const int sndbuf = SNDBUF;
+    uint8_t *head, *map = NULL;
+    int file, fd;
+
+    if (argc != 5)
+        return 2;
+    head = read_file(argv[3], &head_size);
+    file = open_file(argv[4], &size);
+    if (strcmp(argv[1], "resident") == 0) {
+        map = mmap(NULL, size, PROT_READ, MAP_SHARED | MAP_POPULATE, file, 0);
+        if (map == MAP_FAILED)
+            err(1, "mmap");
+    }
+    fd = take_guest(argv[2]);
+    fcntl(fd, F_SETFL, O_NONBLOCK);
+    if (strncmp(argv[2], "unix:", 5) == 0 &&
+        setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &sndbuf, sizeof(sndbuf)) < 0)
+        setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &sndbuf, sizeof(sndbuf));
+    send_memory(fd, head, head_size);
+    if (map)
+        send_memory(fd, map, size);
+    else
+        send_file(fd, file, size);
+    send_memory(fd, (const uint8_t[]){FINISHED}, 1);
+    return 0;
+}
