@@ -59,7 +59,7 @@ lint: $(VENV)/.dev ## types, style, C warnings
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
-	$(foreach file,$(wildcard csrc/*.c),gcc $(GCC_LINT) -fsyntax-only $(file) &&) true
+	$(foreach file,$(wildcard csrc/*.c bench/peers/*.c),gcc $(GCC_LINT) -fsyntax-only $(file) &&) true
 
 format: $(VENV)/.dev ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix-only --quiet .

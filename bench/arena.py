@@ -26,6 +26,7 @@ ENOUGH = 1 << 20
 OURS = "nitro_vsock"
 CEILING = "ceiling: sendfile"
 RESIDENT = "ceiling: resident memory"
+ZEROCOPY = "ceiling: MSG_ZEROCOPY"
 REFERENCE = "reference way"
 STANDARD = ("socket.sendfile", "read+sendall")
 SOCAT = "socat"
@@ -79,14 +80,15 @@ def compile_tools(folder):
     def build(*command):
         subprocess.run([str(part) for part in command], check=True)
 
+    gcc = ("gcc", "-std=c11", "-D_GNU_SOURCE", "-O2")
     build("gcc", "-std=c11", "-O2", GUEST, "-o", folder / "guest", "-lz")
     for name in ("ceiling", "meter"):
-        build("gcc", "-std=c11", "-O2", PEERS / f"{name}.c", "-o", folder / name)
+        build(*gcc, PEERS / f"{name}.c", "-o", folder / name)
     if shutil.which("rustc"):
         source = PEERS / "reference.rs"
         build("rustc", "--edition=2021", "-O", "-o", folder / "reference", source)
         return "Rust"
-    build("gcc", "-std=c11", "-O2", PEERS / "reference.c", "-o", folder / "reference")
+    build(*gcc, PEERS / "reference.c", "-o", folder / "reference")
     return "C"
 
 
@@ -169,7 +171,10 @@ class Arena:
 
     def ceilings(self, archive):
         """Return what the kernel gives at most."""
-        for name, mode in ((CEILING, "sendfile"), (RESIDENT, "resident")):
+        modes = {CEILING: "sendfile", RESIDENT: "resident"}
+        if self.transport == "vsock" and kernel() >= (6, 7):
+            modes[ZEROCOPY] = "zerocopy"
+        for name, mode in modes.items():
             args = (mode, self.address, archive.head, archive.path)
             yield Entrant(name, self._metered(self.folder / "ceiling", *args))
 
@@ -188,6 +193,12 @@ class Arena:
             self.reader(*(reader_options or ["--drain"])),
             {"received": archive.received, "rootfs_bytes": archive.size, "ok": True},
         )
+
+
+def kernel():
+    """Return the running kernel's major and minor number."""
+    major, minor = os.uname().release.split(".")[:2]
+    return int(major), int(minor)
 
 
 def loopback_answers():

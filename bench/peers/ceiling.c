@@ -1,7 +1,6 @@
 /* Owns: the most that this kernel gives, for comparison: nothing but sendfile, or send from memory
  * that is resident already, on a tuned non-blocking socket. Not a sender to use: it checks nothing.
  *   ceiling sendfile|resident ADDRESS HEAD ARCHIVE */
-#define _GNU_SOURCE
 #include "peer.h"
 
 #include <errno.h>
@@ -19,13 +18,26 @@ static void wait_room(int fd) {
         err(1, "sending");
 }
 
-static void send_memory(int fd, const uint8_t *data, uint64_t size) {
-    for (uint64_t at = 0; at < size;) {
-        ssize_t sent = send(fd, data + at, size - at, MSG_NOSIGNAL | MSG_DONTWAIT);
+/* Take the notes of finished sends off the error queue; they count against a limit. */
+static void take_notes(int fd) {
+    char control[256];
+    struct msghdr note = {.msg_control = control, .msg_controllen = sizeof(control)};
 
-        if (sent < 0)
+    while (recvmsg(fd, &note, MSG_ERRQUEUE | MSG_DONTWAIT) >= 0)
+        note.msg_controllen = sizeof(control);
+}
+
+static void send_memory(int fd, const uint8_t *data, uint64_t size, int flags) {
+    for (uint64_t at = 0; at < size;) {
+        ssize_t sent = send(fd, data + at, size - at, MSG_NOSIGNAL | MSG_DONTWAIT | flags);
+        int error = errno;
+
+        if (flags)
+            take_notes(fd);
+        errno = error;
+        if (sent < 0 && errno != ENOBUFS)
             wait_room(fd);
-        else
+        else if (sent > 0)
             at += (uint64_t)sent;
     }
 }
@@ -46,14 +58,15 @@ static void send_file(int fd, int from, uint64_t size) {
 int main(int argc, char **argv) {
     uint64_t head_size, size;
     const int sndbuf = SNDBUF;
+    const int yes = 1;
     uint8_t *head, *map = NULL;
-    int file, fd;
+    int file, fd, flags = 0;
 
     if (argc != 5)
         return 2;
     head = read_file(argv[3], &head_size);
     file = open_file(argv[4], &size);
-    if (strcmp(argv[1], "resident") == 0) {
+    if (strcmp(argv[1], "sendfile") != 0) {
         map = mmap(NULL, size, PROT_READ, MAP_SHARED | MAP_POPULATE, file, 0);
         if (map == MAP_FAILED)
             err(1, "mmap");
@@ -63,11 +76,16 @@ int main(int argc, char **argv) {
     if (strncmp(argv[2], "unix:", 5) == 0 &&
         setsockopt(fd, SOL_SOCKET, SO_SNDBUFFORCE, &sndbuf, sizeof(sndbuf)) < 0)
         setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &sndbuf, sizeof(sndbuf));
-    send_memory(fd, head, head_size);
+    if (strcmp(argv[1], "zerocopy") == 0) {
+        if (setsockopt(fd, SOL_SOCKET, SO_ZEROCOPY, &yes, sizeof(yes)) < 0)
+            err(1, "SO_ZEROCOPY");
+        flags = MSG_ZEROCOPY;
+    }
+    send_memory(fd, head, head_size, 0);
     if (map)
-        send_memory(fd, map, size);
+        send_memory(fd, map, size, flags);
     else
         send_file(fd, file, size);
-    send_memory(fd, (const uint8_t[]){FINISHED}, 1);
+    send_memory(fd, (const uint8_t[]){FINISHED}, 1, 0);
     return 0;
 }

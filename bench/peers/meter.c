@@ -2,7 +2,6 @@
  * memory. Small itself, since the kernel counts the memory of whoever forks into the peak of what
  * it starts. meter COMMAND ARG...     says "ready", waits for a line, runs, prints a line of JSON
  */
-#define _GNU_SOURCE
 #include <err.h>
 #include <stdio.h>
 #include <sys/resource.h>

@@ -1,7 +1,6 @@
 /* Owns: what reference.rs does, for machines without Rust: the whole archive in memory, then one
  * write a field and one for the archive. reference ADDRESS EXEC_PATH ARCHIVE ARGC ARGV... ENVP...
  */
-#define _GNU_SOURCE
 #include "peer.h"
 
 static void put(int fd, const void *data, uint64_t size) {

@@ -24,7 +24,8 @@ from nitro_vsock.protocol import (
     VMADDR_CID_LOCAL,
     VsockPortOffset,
 )
-from nitro_vsock.transport import Strategy
+from nitro_vsock.transport import Strategy, UnixAddress
+from nitro_vsock.writer import service_address
 
 _MODULE: Final = "nitro_vsock.cli.senders"
 _STRATEGIES: Final = (Strategy.AUTO, Strategy.SENDFILE, Strategy.MMAP, Strategy.READ)
@@ -73,12 +74,18 @@ def choose_place(cid: int | None, uds_path: str | None, folder: str) -> Place:
         cid: whose reader connects, once for every launch; None for a reader of ours.
         uds_path: base path of that reader's hybrid vsock, where it uses one.
         folder: for a socket of ours.
+
+    Raises:
+        InvalidArgumentError: no enclave has this CID, or the path gets too long.
     """
     offset = VsockPortOffset.ARGS_READER
     if cid is not None:
+        # The senders run in another folder.
+        base = None if uds_path is None else Path(uds_path).absolute()
+        address = service_address(cid, offset, base)
         where = f"vsock:{VMADDR_CID_ANY}:{cid + offset}"
-        if uds_path is not None:
-            where = f"unix:{uds_path}_{cid + offset}"
+        if isinstance(address, UnixAddress):
+            where = f"unix:{address.path}"
         return Place(f"the reader of CID {cid}", where, None)
     if loopback_problem() is None:
         port = 5000 + 5 * secrets.randbelow(1 << 28) + offset
@@ -110,7 +117,20 @@ def arena(
                 out.write(senders.head(archive.stat().st_size))
                 shutil.copyfileobj(file, out, 1 << 20)
                 out.write(senders.TAIL)
-        yield place, archive, wire
+        with _no_socket_left(place.sender):
+            yield place, archive, wire
+
+
+@contextmanager
+def _no_socket_left(address: str) -> Iterator[None]:
+    """Remove the socket file of a sender that was ended while it listened."""
+    kind, _, where = address.partition(":")
+    ours = kind == "unix" and not Path(where).exists()
+    try:
+        yield
+    finally:
+        if ours:
+            Path(where).unlink(missing_ok=True)
 
 
 def entrants(place: Place, archive: Path, wire: Path | None) -> list[Entrant]:
@@ -138,7 +158,7 @@ def run(
         field: the senders, ours first.
         size: of the archive.
         rounds: launches of each.
-        show: called with launches done and in all.
+        show: called with rounds done and in all.
 
     Raises:
         ContestError: a process failed, or the bytes were not all there.
@@ -151,7 +171,8 @@ def run(
     took: dict[str, list[Sample]] = {entrant.name: [] for entrant in field}
     for number, (name, sample) in enumerate(contest.race(field, rounds, reader or None, expect), 1):
         took[name].append(sample)
-        show(number, rounds * len(field))
+        if number % len(field) == 0:
+            show(number // len(field), rounds)
     ours = [sample.seconds for sample in took[field[0].name]]
     return [_row(name, of, size, ours) for name, of in took.items()]
 

@@ -359,7 +359,7 @@ def bench(
             comparison.entrants(place, archive, wire),
             length,
             rounds,
-            lambda done, total: output.print_note(f"{done} of {total} launches"),
+            lambda done, total: output.print_note(f"round {done} of {total}"),
         )
     output.print_result(
         settings,

@@ -2,7 +2,8 @@
 
     python -m nitro_vsock.cli.senders SENDER ADDRESS ARCHIVE
 
-A process says "ready", waits for a line, does its one launch and prints one line of JSON.
+A process says "ready", waits for a line, does its one launch and prints one line of JSON; the
+last is all that the reader says.
 
 Must not know: who is compared with whom, or what the figures mean.
 """
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -147,7 +149,8 @@ def _read(address: str, length: int) -> dict[str, int]:
                 raise
         time.sleep(_RETRY_SECONDS)
     with host:
-        host.sendall(bytes([protocol.READY]))
+        with suppress(BrokenPipeError):  # socat waits for no ready byte: it may be done
+            host.sendall(bytes([protocol.READY]))
         buffer = memoryview(bytearray(_CHUNK))
         received = len(host.recv(1)) - 1
         while received < length:
@@ -179,8 +182,10 @@ def main(name: str, address: str, what: str) -> None:
         address: where to listen, or to connect.
         what: the archive's path; for the reader, the bytes to expect after the ready byte.
     """
-    print("ready", flush=True)
-    sys.stdin.readline()
+    if name != READER:
+        print("ready", flush=True)
+    if not sys.stdin.readline():
+        return  # whoever started this is gone
     if name == READER:
         print(json.dumps(_read(address, int(what))))
         return
@@ -207,4 +212,7 @@ SENDERS: Final[dict[str, Callable[[str, str], float]]] = {
 """What a user would take in place of this package. socat takes the stream whole: see `wire`."""
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    try:
+        main(*sys.argv[1:])
+    except Exception as error:
+        sys.exit(f"{type(error).__name__}: {error}")

@@ -1,0 +1,262 @@
+"""Owns: docs/performance.md, performance.json and the pictures, made from the JSON of a run.
+
+    report.py RESULTS DOCS
+
+Must not know: how anything was measured. What it writes is in RESULTS or counted from it.
+"""
+
+import json
+import os
+import string
+import sys
+from pathlib import Path
+
+from floors import FLOORS, GROWTH_TARGET, TARGETS
+
+TEMPLATE = Path(__file__).with_name("performance.md.in")
+MIB = 1 << 20
+GIB = 1 << 30
+OURS = "nitro_vsock"
+
+
+def size_name(size):
+    """Return a size as people write it."""
+    return f"{size // GIB} GiB" if size >= GIB else f"{size // MIB} MiB"
+
+
+def gib_per_second(mib):
+    """Return a rate."""
+    return f"{mib / 1024:.2f} GiB/s"
+
+
+def load(results):
+    """Return the benchmarks of all runs, reduced to what is shown, and the machine."""
+    runs = [json.loads(path.read_text()) for path in sorted(results.glob("*.json"))]
+    if not runs:
+        sys.exit(f"no results in {results}: run `make bench`")
+    machine = runs[0]["machine_info"]
+    return {
+        "machine": {
+            "processor": machine["cpu"].get("brand_raw", machine["machine"]),
+            "cores": machine["cpu"].get("count", os.cpu_count()),
+            "kernel": machine["release"],
+            "python": machine["python_version"],
+        },
+        "runs": sorted({run["datetime"][:16] for run in runs}),
+        "commits": sorted({run["commit_info"].get("id", "")[:10] for run in runs}),
+        "benchmarks": {
+            f"{label(bench)}": bench["extra_info"] for run in runs for bench in run["benchmarks"]
+        },
+    }
+
+
+def label(bench):
+    """Return the name of a benchmark, with the kernel where that is what it is about."""
+    name = bench["name"].removeprefix("test_")
+    if name.startswith("vsock"):
+        name += f" on Linux {'.'.join(bench['extra_info']['kernel'].split('.')[:2])}"
+    return name
+
+
+def table(header, rows):
+    """Return a table in Markdown; numbers to the right."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def ratios(found):
+    """Return every figure that has a target or a floor: what, where, target, measured, met."""
+    rows = []
+    for name, info in found["benchmarks"].items():
+        where = size_name(info["size"]) if "size" in info else ""
+        if "kernel" in info and info["transport"] == "vsock":
+            where += f", Linux {info['kernel']}"
+        for figure, ratio in info.get("ratios", {}).items():
+            target = TARGETS[figure]
+            met = "" if target is None else "yes" if ratio >= target else "**no**"
+            wanted = "" if target is None else f">= {target}"
+            rows.append([figure, where, wanted, f"{ratio:.2f}", met, FLOORS[figure]])
+        if name == "peak_memory_by_size":
+            peaks = list(info["peak_by_size"].values())
+            grown = peaks[-1] - peaks[0]
+            met = "yes" if grown <= GROWTH_TARGET else "**no**"
+            sizes = [size_name(int(size)) for size in info["peak_by_size"]]
+            where = f"{sizes[0]} to {sizes[-1]}"
+            rows.append(
+                ["growth of peak memory", where, "<= 1 MiB", f"{grown / MIB:.2f} MiB", met, ""]
+            )
+    return rows
+
+
+def drained(found):
+    """Return the runs to a draining reader over Unix sockets, by size."""
+    runs = {
+        info["size"]: info
+        for name, info in found["benchmarks"].items()
+        if name.startswith("page_cache_to_a_draining_reader")
+    }
+    return dict(sorted(runs.items()))
+
+
+def throughput(found):
+    """Return GiB/s by entrant and size."""
+    runs = drained(found)
+    names = list(next(iter(runs.values()))["entrants"])
+    rows = [
+        [name, *(f"{run['entrants'][name]['mib_per_second'] / 1024:.2f}" for run in runs.values())]
+        for name in names
+    ]
+    return table(["GiB/s", *map(size_name, runs)], rows)
+
+
+def costs(found):
+    """Return what an entrant costs at 1 GiB."""
+    run = drained(found)[GIB]
+    calls = found["benchmarks"]["system_calls_by_gibibyte"]["calls_per_gib"]
+    rows = [
+        [
+            name,
+            f"{of['mib_per_second'] / 1024:.2f}",
+            f"{of['ours_over_theirs']:.2f}",
+            f"{of['cpu_per_gib']:.3f}",
+            f"{calls[name]:,}",
+            f"{of['peak'] / MIB:,.1f}",
+        ]
+        for name, of in run["entrants"].items()
+    ]
+    header = ["1 GiB", "GiB/s", "we are", "CPU s/GiB", "system calls/GiB", "peak MiB"]
+    return table(header, rows)
+
+
+def elsewhere(found):
+    """Return throughput where the reader stores the bytes, and from a cold file."""
+    columns = {
+        "into fresh memory": "page_cache_to_a_storing_reader[fresh memory]",
+        "into a file": "page_cache_to_a_storing_reader[a file]",
+        "cold file": "cold_file_to_a_draining_reader",
+    }
+    runs = {title: found["benchmarks"][name]["entrants"] for title, name in columns.items()}
+    names = runs["into fresh memory"]
+    rows = [
+        [
+            name,
+            *(
+                f"{run[name]['mib_per_second'] / 1024:.2f}" if name in run else ""
+                for run in runs.values()
+            ),
+        ]
+        for name in names
+    ]
+    return table(["GiB/s, 1 GiB", *runs], rows)
+
+
+def vsock(found):
+    """Return the rows of each kernel."""
+    parts = []
+    for name, info in found["benchmarks"].items():
+        if name.startswith("vsock"):
+            rows = [
+                [
+                    entrant,
+                    f"{of['mib_per_second']:.0f}",
+                    f"{of['ours_over_theirs']:.2f}",
+                    f"{of['cpu_per_gib']:.2f}",
+                    f"{of['peak'] / MIB:,.1f}",
+                ]
+                for entrant, of in info["entrants"].items()
+            ]
+            title = f"Linux {info['kernel']}, {size_name(info['size'])}"
+            parts.append(table([title, "MiB/s", "we are", "CPU s/GiB", "peak MiB"], rows))
+    return "\n\n".join(parts)
+
+
+def latency(found):
+    """Return the latency of small launches."""
+    rows = [
+        [name, f"{of['launches']:,}", of["median_us"], of["p99_us"]]
+        for name, of in found["benchmarks"]["latency_of_small_launches"]["latency"].items()
+    ]
+    return table(["10 KiB archive", "launches", "median us", "p99 us"], rows)
+
+
+def small_things(found):
+    """Return launches at once, and imports."""
+    many = found["benchmarks"]["eight_launches_at_once"]["at_once"]
+    imports = found["benchmarks"]["import_time"]["import_ms"]
+    rows = [
+        [f"one launch of {size_name(many['size'])}", gib_per_second(many["one_mib_per_second"])],
+        ["eight at once, the sum", gib_per_second(many["eight_mib_per_second"])],
+        *([f"a new interpreter, and import {name}", f"{ms} ms"] for name, ms in imports.items()),
+    ]
+    return table(["what", "median"], rows)
+
+
+def memory(found):
+    """Return the sender's peak by size."""
+    peaks = found["benchmarks"]["peak_memory_by_size"]["peak_by_size"]
+    sizes = [size_name(int(size)) for size in peaks]
+    return table(
+        ["archive", *sizes], [["our peak, MiB", *(f"{peak / MIB:.2f}" for peak in peaks.values())]]
+    )
+
+
+def draw(found, docs):
+    """Draw throughput and peak memory by size."""
+    import matplotlib as mpl
+
+    mpl.use("svg")
+    from matplotlib import pyplot
+
+    mpl.rcParams["svg.hashsalt"] = "nitro_vsock"  # the same figures give the same file
+    runs = drained(found)
+    labels = [size_name(size) for size in runs]
+    for path, key, scale, title in (
+        ("throughput.svg", "mib_per_second", 1024, "Unix socket, draining reader: GiB/s"),
+        ("memory.svg", "peak", MIB, "Peak memory of the sender: MiB"),
+    ):
+        figure, axes = pyplot.subplots(figsize=(8, 4.5))
+        for name in next(iter(runs.values()))["entrants"]:
+            values = [run["entrants"][name][key] / scale for run in runs.values()]
+            style = "--" if name.startswith("ceiling") else "-"
+            axes.plot(labels, values, style, marker="o", label=name, lw=3 if name == OURS else 1.5)
+        axes.set_yscale("log")
+        axes.set_title(title)
+        axes.grid(visible=True, which="both", alpha=0.3)
+        axes.legend(fontsize="small")
+        figure.savefig(docs / path, metadata={"Date": None, "Creator": None})
+        pyplot.close(figure)
+
+
+def write(found, docs):
+    """Write the document and what it is made of; print the one table."""
+    machine = found["machine"]
+    language = drained(found)[GIB]["reference"]
+    (docs / "performance.json").write_text(json.dumps(found, indent=1) + "\n")
+    figures = table(["figure", "where", "target", "measured", "met", "floor"], ratios(found))
+    text = string.Template(TEMPLATE.read_text()).substitute(
+        machine=f"{machine['processor']}, {machine['cores']} cores, Linux {machine['kernel']}, "
+        f"Python {machine['python']}; the reference way is written in {language}",
+        runs=f"{found['runs'][0]} to {found['runs'][-1]} UTC",
+        commits=", ".join(found["commits"]),
+        figures=figures,
+        throughput=throughput(found),
+        costs=costs(found),
+        elsewhere=elsewhere(found),
+        vsock=vsock(found),
+        latency=latency(found),
+        small=small_things(found),
+        memory=memory(found),
+    )
+    (docs / "performance.md").write_text(text)
+    print(figures)
+
+
+def main(results, docs):
+    """Write everything."""
+    found = load(Path(results))
+    draw(found, Path(docs))
+    write(found, Path(docs))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
