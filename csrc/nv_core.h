@@ -7,7 +7,7 @@
 #include <poll.h>
 #include <stdint.h>
 
-/* Every function returns >= 0, or a negative errno value. Seven values never come from the system
+/* Every function returns >= 0, or a negative errno value. Nine values never come from the system
  * calls used here and carry a meaning of our own: */
 #define NV_E_TICK EAGAIN         /* wait.tick_ns has passed; nothing failed, call again */
 #define NV_E_DEADLINE ETIME      /* wait.deadline_ns has passed */
@@ -16,6 +16,8 @@
 #define NV_E_SHORT ENODATA       /* the source ended before its declared length */
 #define NV_E_PEER EREMCHG        /* strict gate: a peer with another CID connected */
 #define NV_E_READY EBADMSG       /* the peer's first byte is not the ready byte */
+#define NV_E_ROOM ENOSR          /* the caller's memory is full; give more and call again */
+#define NV_E_CHANGED ENOTUNIQ    /* what has this name now is not what was seen before */
 #define NV_E_STAGE EXFULL        /* nv_source.stage is needed after all; set it and call again */
 
 #define NV_CID_ANY 0xffffffffu /* nv_gate.want_cid: admit any peer */
@@ -99,6 +101,86 @@ struct nv_xfer {
     int32_t from_source; /* 1: the error returned is the source's, not the socket's */
 };
 
+/* What becomes of a name in a directory. */
+enum nv_kind {
+    NV_DROPPED = 0,   /* not in the archive; for the caller to set */
+    NV_FILE = 1,      /* gathered: header, data, padding */
+    NV_LARGE = 2,     /* header gathered, file opened for the caller */
+    NV_DIRECTORY = 3, /* header gathered, directory opened for the caller */
+    NV_SYMLINK = 4,   /* gathered */
+    NV_SHARED = 5,    /* a regular file with several names: the caller's, or to be set anew */
+    NV_OTHER = 6      /* the caller's: devices, FIFOs, sockets, 8 GiB and more, odd link targets */
+};
+
+/* A name in a directory, as it was seen. name is an offset into the names, each ended by a NUL. */
+struct nv_entry {
+    uint64_t dev, ino, rdev, size;
+    int64_t mtime_ns, ctime_ns;
+    uint32_t mode;
+    uint32_t name;
+    uint16_t name_length;
+    uint16_t kind; /* enum nv_kind */
+};
+
+/* A look at a directory. The caller gives fd (at its beginning), prefix_length (bytes of the full
+ * names before the entries' own), large (bytes above which a file is NV_LARGE), look_at_all and the
+ * memory, and zeroes the rest. */
+struct nv_scan {
+    int32_t fd;
+    uint32_t prefix_length;
+    int32_t look_at_all; /* put every entry into look, none into length */
+    int32_t open_all;    /* open every regular file to see whether it can be read */
+    uint64_t large;
+    int64_t tick_ns;
+    struct nv_entry *entries;
+    uint32_t *look; /* indices of the entries the caller must decide about */
+    uint32_t room;  /* of entries and look */
+    uint32_t count;
+    uint32_t looks;
+    char *names;
+    uint64_t names_room;
+    uint64_t names_used;
+    uint8_t *dents; /* aligned to 8 bytes */
+    uint32_t dents_room;
+    uint32_t dents_pos;
+    uint32_t dents_end;
+    uint64_t length;     /* bytes of the archive for the entries that are not in look */
+    const char *culprit; /* after an error about a name: that name, good until the next call */
+};
+
+/* Blocks of nv_gather.templates. */
+enum nv_template {
+    NV_TEMPLATE_FILE = 0,
+    NV_TEMPLATE_DIRECTORY = 1,
+    NV_TEMPLATE_SYMLINK = 2,
+    NV_TEMPLATE_LONG_NAME = 3
+};
+
+/* Why nv_gather came back. */
+enum nv_stop {
+    NV_STOP_END = 0,    /* every entry is done */
+    NV_STOP_FULL = 1,   /* entries[next] does not fit; empty stage */
+    NV_STOP_OPENED = 2, /* entries[next - 1] has its header in stage and is open as fd */
+    NV_STOP_OTHER = 3   /* entries[next] is NV_OTHER or NV_SHARED; the caller adds to next */
+};
+
+/* Members of one directory into memory. The caller gives everything but fd. */
+struct nv_gather {
+    int32_t dir_fd;
+    int32_t fd; /* after NV_STOP_OPENED, the caller's */
+    const struct nv_entry *entries;
+    uint32_t count;
+    uint32_t next;
+    const char *names;
+    const char *prefix;
+    uint32_t prefix_length;
+    const uint8_t *templates; /* header blocks, in the order of enum nv_template */
+    uint8_t *stage;
+    uint64_t stage_size;
+    uint64_t used;
+    int64_t tick_ns;
+};
+
 /* nv_listen.c */
 
 /* Listening AF_VSOCK socket, non-blocking and close-on-exec. Returns the descriptor. */
@@ -156,6 +238,26 @@ int nv_send_from(int fd, struct nv_source *s, const struct nv_wait *w, struct nv
 /* Receive between 1 and length bytes with one recv. *got receives the count, 0 at end of stream.
  * Returns 0. */
 int nv_recv(int fd, uint8_t *buf, uint64_t length, const struct nv_wait *w, uint64_t *got);
+
+/* nv_tree.c */
+
+/* Read a directory, look at every name in it, and sort by full name, a directory's with its slash.
+ * Files that not everybody may read are opened once to see whether we may. Returns 0 when all of it
+ * is there; after -NV_E_TICK, -NV_E_ROOM or EINTR the next call goes on. */
+int nv_scan(struct nv_scan *s);
+
+/* Put members into g->stage from g->used on, beginning with entries[next]. Returns an enum nv_stop;
+ * -NV_E_TICK; or, with next at the culprit and only whole members in stage, -NV_E_SHORT,
+ * -NV_E_CHANGED, or what the system said. */
+int nv_gather(struct nv_gather *g);
+
+/* Open a directory or a regular file if it is still what was seen; of a directory only its identity
+ * counts. Never follows a symbolic link. Returns the descriptor; -NV_E_SHORT, -NV_E_CHANGED. */
+int nv_open_entry(int dir_fd, const char *name, const struct nv_entry *e);
+
+/* Whether a name is still what was seen; the descriptor itself, where the name is empty. Returns 0,
+ * -NV_E_SHORT or -NV_E_CHANGED. */
+int nv_unchanged(int dir_fd, const char *name, const struct nv_entry *e);
 
 /* nv_wait.c: for the other files of this folder only */
 

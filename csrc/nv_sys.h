@@ -13,6 +13,7 @@
 #include <sys/sendfile.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -115,6 +116,36 @@ static inline int64_t nv_sys_splice(int in, int out, size_t len, unsigned int fl
 
 static inline int nv_sys_fstat(int fd, struct stat *st) {
     int ret = fstat(fd, st);
+    return ret < 0 ? -errno : ret;
+}
+
+static inline int nv_sys_fstatat(int dir_fd, const char *name, struct stat *st, int flags) {
+    int ret = fstatat(dir_fd, name, st, flags);
+    return ret < 0 ? -errno : ret;
+}
+
+static inline int nv_sys_openat(int dir_fd, const char *name, int flags) {
+    int ret = openat(dir_fd, name, flags);
+    return ret < 0 ? -errno : ret;
+}
+
+static inline int64_t nv_sys_readlinkat(int dir_fd, const char *name, char *buf, size_t len) {
+    ssize_t ret = readlinkat(dir_fd, name, buf, len);
+    return ret < 0 ? -errno : ret;
+}
+
+/* getdents64(2): one entry; the next begins d_reclen bytes further on. */
+struct nv_dirent {
+    uint64_t d_ino;
+    int64_t d_off;
+    uint16_t d_reclen;
+    uint8_t d_type;
+    char d_name[];
+};
+
+/* Through syscall: glibc has a wrapper from 2.30 on only. */
+static inline int64_t nv_sys_getdents(int fd, void *buf, size_t len) {
+    long ret = syscall(SYS_getdents64, fd, buf, len);
     return ret < 0 ? -errno : ret;
 }
 

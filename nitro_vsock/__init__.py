@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nitro_vsock.deadline import DEFAULT_TIMEOUT, PollTimeout, poll_timeout
     from nitro_vsock.errors import (
         ERRNO_TABLE,
+        ArchiveError,
         BadStringError,
         BusyError,
         ClosedError,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
         NitroVsockError,
         PeerClosedError,
         PollNoEventsError,
+        PreflightError,
         ProtocolError,
         ReadySignalNotDetectedError,
         SourceChangedError,
@@ -59,6 +61,8 @@ if TYPE_CHECKING:
         RootFilesystem,
         RootfsData,
     )
+    from nitro_vsock.measure import Measurement, measure
+    from nitro_vsock.preflight import Finding, Severity
     from nitro_vsock.progress import Progress
     from nitro_vsock.protocol import VMADDR_CID_ANY, FrameId, VsockPortOffset
     from nitro_vsock.proxies import DeviceProxy, DeviceProxyList
@@ -80,6 +84,11 @@ __all__ = [
     "UnixAddress",
     "DeviceProxy",
     "DeviceProxyList",
+    # before a launch
+    "Finding",
+    "Severity",
+    "measure",
+    "Measurement",
     # time
     "PollTimeout",
     "poll_timeout",
@@ -107,6 +116,7 @@ __all__ = [
     "Stage",
     "NitroVsockError",
     "InvalidArgumentError",
+    "PreflightError",
     "UnsupportedError",
     "VsockBindError",
     "VsockAcceptError",
@@ -125,6 +135,7 @@ __all__ = [
     "SourceReadError",
     "SourceTruncatedError",
     "SourceChangedError",
+    "ArchiveError",
     "LaunchCancelledError",
     "EnclaveDiedError",
     "BusyError",
@@ -150,6 +161,8 @@ _MODULES = (
     "transport",
     "writer",
     "reader",
+    "preflight",
+    "measure",
 )
 """Where the names are; the cheaper to import, the earlier."""
 

@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from nitro_vsock import errors
 from nitro_vsock._core import ffi, lib
@@ -37,6 +38,13 @@ SENDFILE: Final = int(lib.NV_SENDFILE)
 SPLICE: Final = int(lib.NV_SPLICE)
 MMAP: Final = int(lib.NV_MMAP)
 READ: Final = int(lib.NV_READ)
+
+CHANGED: Final = int(lib.NV_E_CHANGED)
+SHORT: Final = int(lib.NV_E_SHORT)
+"""`errno` of the OSError that says: not any more what was seen in a directory, or shorter."""
+
+_SCAN_ROOM: Final = 4096
+_DENTS_BYTES: Final = 1 << 16
 
 _GUARD_VERDICTS: Final = (lib.NV_E_DEADLINE, lib.NV_E_CANCELLED, lib.NV_E_DIED)
 
@@ -291,3 +299,219 @@ def receive(fd: int, view: memoryview, guard: Guard, meter: Meter) -> int:
     if code:
         raise _failed(code, meter)
     return int(got[0])
+
+
+class Kind(IntEnum):
+    """What becomes of a name in a directory; see `enum nv_kind`."""
+
+    DROPPED = lib.NV_DROPPED
+    FILE = lib.NV_FILE
+    LARGE = lib.NV_LARGE
+    DIRECTORY = lib.NV_DIRECTORY
+    SYMLINK = lib.NV_SYMLINK
+    SHARED = lib.NV_SHARED
+    OTHER = lib.NV_OTHER
+
+
+class Stop(IntEnum):
+    """Why gathering came back; see `enum nv_stop`. TICK: for the caller to look around."""
+
+    END = lib.NV_STOP_END
+    FULL = lib.NV_STOP_FULL
+    OPENED = lib.NV_STOP_OPENED
+    OTHER = lib.NV_STOP_OTHER
+    TICK = -lib.NV_E_TICK
+
+
+class Seen(NamedTuple):
+    """A name in a directory and what `fstatat` said of it."""
+
+    kind: int
+    name: bytes
+    mode: int
+    size: int
+    dev: int
+    ino: int
+    rdev: int
+
+
+class Listing:
+    """What is in a directory, sorted as in an archive.
+
+    Attributes:
+        count: entries.
+        look: indices of the entries the caller must decide about.
+        length: bytes of the archive the other entries make.
+    """
+
+    __slots__ = ("count", "entries", "length", "look", "names")
+
+    def __init__(self, scan: Any) -> None:
+        self.count = int(scan.count)
+        self.entries = ffi.new("struct nv_entry[]", self.count)
+        ffi.memmove(self.entries, scan.entries, ffi.sizeof(self.entries))
+        self.names = ffi.new("char[]", scan.names_used)
+        ffi.memmove(self.names, scan.names, scan.names_used)
+        self.look: list[int] = ffi.unpack(scan.look, scan.looks)
+        self.length = int(scan.length)
+
+    def seen(self, index: int) -> Seen:
+        """Return an entry."""
+        entry = self.entries[index]
+        name = ffi.unpack(self.names + entry.name, entry.name_length)
+        return Seen(entry.kind, name, entry.mode, entry.size, entry.dev, entry.ino, entry.rdev)
+
+    def decide(self, index: int, kind: Kind) -> None:
+        """Say what becomes of an entry."""
+        self.entries[index].kind = kind
+
+    def open(self, dir_fd: int, index: int) -> int:
+        """Open a directory or regular file that is still what was seen; the caller closes it.
+
+        Raises:
+            OSError: CHANGED, SHORT, or what the system says.
+        """
+        name = self.names + self.entries[index].name
+        return _call(lambda: lib.nv_open_entry(dir_fd, name, self.entries + index))
+
+    def check(self, dir_fd: int, index: int) -> None:
+        """Check that a name in this directory is still what was seen.
+
+        Raises:
+            OSError: CHANGED, SHORT, or what the system says.
+        """
+        name = self.names + self.entries[index].name
+        _call(lambda: lib.nv_unchanged(dir_fd, name, self.entries + index))
+
+    def check_open(self, fd: int, index: int) -> None:
+        """Check that an open file is still what was seen. Raises as `check` does."""
+        _call(lambda: lib.nv_unchanged(fd, b"", self.entries + index))
+
+
+def _call(call: Callable[[], int]) -> int:
+    while True:
+        code = call()
+        if code >= 0:
+            return code
+        if code != -errno.EINTR:
+            raise OSError(-code, os.strerror(-code))
+
+
+class Scanner:
+    """Looks at directories, one after the other, with memory that is used again."""
+
+    def __init__(self, large: int) -> None:
+        """`large`: bytes above which a file is of kind LARGE."""
+        self._scan = ffi.new("struct nv_scan *")
+        self._scan.large = large
+        self._scan.open_all = os.geteuid() != 0
+        self._dents = ffi.new("uint64_t[]", _DENTS_BYTES // 8)
+        self._scan.dents = ffi.cast("uint8_t *", self._dents)
+        self._scan.dents_room = _DENTS_BYTES
+        self._give_room(_SCAN_ROOM)
+
+    def _give_room(self, room: int) -> None:
+        scan = self._scan
+        entries = ffi.new("struct nv_entry[]", room)
+        look = ffi.new("uint32_t[]", room)
+        names = ffi.new("char[]", room * 64)
+        if scan.count:
+            ffi.memmove(entries, scan.entries, scan.count * ffi.sizeof("struct nv_entry"))
+            ffi.memmove(names, scan.names, scan.names_used)
+        scan.entries, scan.look, scan.names = self._memory = entries, look, names
+        scan.room, scan.names_room = room, room * 64
+
+    def scan(self, fd: int, prefix_length: int, *, look_at_all: bool = False) -> Listing:
+        """Look at an open directory that has not been read yet.
+
+        Args:
+            fd: of the directory.
+            prefix_length: bytes of a full name before the names in this directory.
+            look_at_all: put every entry into `look`.
+
+        Raises:
+            OSError: `filename` is the name it is about, None for the directory itself.
+        """
+        scan = self._scan
+        scan.fd, scan.prefix_length, scan.look_at_all = fd, prefix_length, look_at_all
+        scan.count = scan.looks = scan.names_used = scan.length = 0
+        scan.dents_pos = scan.dents_end = 0
+        while True:
+            scan.culprit = ffi.NULL
+            scan.tick_ns = time.monotonic_ns() + TICK_NS
+            code = -lib.nv_scan(scan)
+            if code == 0:
+                return Listing(scan)
+            if code == lib.NV_E_ROOM:
+                self._give_room(2 * scan.room)
+            elif code not in (errno.EINTR, lib.NV_E_TICK):
+                name = ffi.string(scan.culprit) if scan.culprit else None
+                raise OSError(code, os.strerror(code), name)
+
+
+class Gatherer:
+    """Memory that members are gathered in.
+
+    Attributes:
+        memory: all of it.
+        used: bytes from its beginning that are members.
+    """
+
+    def __init__(self, templates: bytes, size: int) -> None:
+        """`templates`: header blocks in the order of `enum nv_template`."""
+        self._templates = ffi.new("uint8_t[]", templates)
+        self._stage = ffi.new("uint8_t[]", size)
+        self.memory = memoryview(ffi.buffer(self._stage))
+        self.used = 0
+
+    def enter(self, fd: int, listing: Listing, prefix: bytes) -> Gathering:
+        """Begin with a directory. `fd` is borrowed; `prefix` precedes the names in it."""
+        return Gathering(self._templates, self._stage, fd, listing, prefix)
+
+    def gather(self, gathering: Gathering) -> Stop:
+        """Put more members of a directory into memory.
+
+        Raises:
+            OSError: about the entry `gathering.next`: CHANGED, SHORT, or what the system says.
+        """
+        g = gathering.state
+        g.used = self.used
+        g.tick_ns = time.monotonic_ns() + TICK_NS
+        code = lib.nv_gather(g)
+        self.used = g.used
+        if code == -errno.EINTR:
+            return Stop.TICK
+        if code < 0 and code != Stop.TICK:
+            raise OSError(-code, os.strerror(-code))
+        return Stop(code)
+
+
+class Gathering:
+    """A directory that is being gathered."""
+
+    __slots__ = ("_kept", "listing", "state")
+
+    def __init__(
+        self, templates: Any, stage: Any, fd: int, listing: Listing, prefix: bytes
+    ) -> None:
+        self.listing = listing
+        self.state = g = ffi.new("struct nv_gather *")
+        kept = ffi.new("char[]", prefix)
+        g.dir_fd, g.fd, g.entries, g.count = fd, -1, listing.entries, listing.count
+        g.names, g.prefix, g.prefix_length = listing.names, kept, len(prefix)
+        g.templates, g.stage, g.stage_size = templates, stage, len(stage)
+        self._kept = kept
+
+    @property
+    def next(self) -> int:
+        """Index of the entry that comes next."""
+        return int(self.state.next)
+
+    def skip(self) -> None:
+        """Go past the next entry: the caller has put it into memory."""
+        self.state.next += 1
+
+    @property
+    def opened(self) -> int:
+        """The descriptor opened for the caller by the last call."""
+        return int(self.state.fd)

@@ -117,6 +117,22 @@ class InvalidArgumentError(NitroVsockError, ValueError):
         self.limit = limit
 
 
+class PreflightError(InvalidArgumentError):
+    """The guest would fail on this launch; nothing was bound or sent.
+
+    Attributes:
+        field: which argument, or which member of the archive.
+        value: the code of the first error found.
+        limit: why the guest would fail, and what to do.
+        findings: everything that was found, warnings too; each a `Finding`.
+    """
+
+    def __init__(self, field: str, code: str, limit: str, findings: tuple[Any, ...]) -> None:
+        super().__init__(field, code, limit)
+        self.message = f"{field}: {limit} (preflight: {code})"
+        self.findings = findings
+
+
 def require_int(field: str, value: object, least: int, most: int, why: str = "") -> int:
     """Return `value` where it is an int of the range, bool excluded.
 
@@ -213,6 +229,17 @@ class SourceTruncatedError(SourceError):
 
 class SourceChangedError(SourceError):
     """The file was written to while it was sent; the guest may have got a mixture."""
+
+
+class ArchiveError(SourceError, ValueError):
+    """A foreign tar is broken, or has a member that the guest could not or must not unpack.
+
+    Attributes:
+        member: its name as it stands in the archive; empty where none is to blame.
+        offset: bytes from the start of the file to its header.
+    """
+
+    member: str = ""
 
 
 class LaunchCancelledError(NitroVsockError):

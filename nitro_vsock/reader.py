@@ -5,16 +5,11 @@ Must not know: how frames are decoded, how bytes move.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
-import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
-from typing import Final, TypeVar, Union
+from typing import Final, TypeVar
 
 from nitro_vsock import protocol
 from nitro_vsock._lib import Guard
@@ -22,7 +17,6 @@ from nitro_vsock.deadline import DEFAULT_TIMEOUT, Deadline, Timeout
 from nitro_vsock.errors import (
     ClosedError,
     GuestRuleError,
-    InvalidArgumentError,
     ProtocolError,
     Stage,
     require_int,
@@ -43,15 +37,13 @@ from nitro_vsock.frames import (
 )
 from nitro_vsock.guestrules import TarChecker, check_strings
 from nitro_vsock.progress import Meter, Progress
-from nitro_vsock.sources import FD_MAX, PathLike
+from nitro_vsock.sinks import Sink, open_sink
+from nitro_vsock.sources import PathLike
 from nitro_vsock.transport import Holder, Stream, UnixAddress, VsockAddress, WakeUp, connect
 from nitro_vsock.writer import service_address
 
 BUFFER: Final = 1 << 20
 """Bytes received at once; the reader's memory does not grow beyond it."""
-
-Sink = Union[None, int, PathLike, Callable[[memoryview], object]]
-"""Where a root file system goes: nowhere, a descriptor, a path, or a callback per piece."""
 
 
 @dataclass(frozen=True)
@@ -160,7 +152,7 @@ class EnclaveArgsReader(Holder):
             guard = Guard(deadline, self._wake_up.fileno())
             meter = Meter(progress)
             # A sink that cannot be opened must not cost the launch its one connection.
-            with _open_sink(rootfs) as store, connect(self.address, guard, self._wake_up) as stream:
+            with open_sink(rootfs) as store, connect(self.address, guard, self._wake_up) as stream:
                 stream.handshake(protocol.READY, guard)
                 return self._read(stream, guard, meter, store)
 
@@ -258,43 +250,3 @@ _Arg = TypeVar("_Arg", bound=EnclaveArg)
 
 def _text(data: bytes) -> str:
     return data.decode("utf-8", "surrogateescape")
-
-
-@contextlib.contextmanager
-def _open_sink(sink: Sink) -> Iterator[Callable[[memoryview], object]]:
-    """Yield what stores a piece; what a path had before stays there until everything is stored."""
-    if sink is None:
-        yield len
-    elif callable(sink):
-        yield sink
-    elif isinstance(sink, int):
-        yield partial(_write_all, require_int("rootfs", sink, 0, FD_MAX))
-    else:
-        try:
-            path = Path(os.fsdecode(sink))
-            # A device or FIFO is written to, not replaced; of a link, what it leads to is replaced.
-            in_place = path.exists() and not path.is_file()
-            path = path if in_place else Path(os.path.realpath(path))
-        except (TypeError, ValueError) as error:
-            limit = f"must be None, a descriptor, a path or a callback ({error})"
-            raise InvalidArgumentError("rootfs", sink, limit) from None
-        target = path if in_place else path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        # O_NONBLOCK: opening a FIFO must not wait for its reader; ENXIO says that there is none.
-        how = os.O_NONBLOCK | os.O_NOCTTY if in_place else os.O_CREAT | os.O_EXCL
-        fd = os.open(target, os.O_WRONLY | os.O_CLOEXEC | how, 0o666)
-        try:
-            os.set_blocking(fd, True)
-            yield partial(_write_all, fd)
-            if not in_place:
-                target.replace(path)
-        except BaseException:
-            if not in_place:
-                target.unlink()
-            raise
-        finally:
-            os.close(fd)
-
-
-def _write_all(fd: int, piece: memoryview) -> None:
-    while piece:
-        piece = piece[os.write(fd, piece) :]

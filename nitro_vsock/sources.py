@@ -8,7 +8,7 @@ from __future__ import annotations
 import fcntl
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Union
@@ -17,14 +17,19 @@ from nitro_vsock.errors import (
     InvalidArgumentError,
     SourceChangedError,
     SourceReadError,
+    SourceTruncatedError,
     Stage,
     require_int,
 )
+from nitro_vsock.plan import Piece, Plan
+from nitro_vsock.tars import Planner
 from nitro_vsock.transport import FilePayload
+from nitro_vsock.trees import Exclude, TreePlan, check_directory, make_exclude
 
 FD_MAX: Final = (1 << 31) - 1
 _OFF_MAX: Final = (1 << 63) - 1
 _MAGIC_BYTES: Final = 6
+_CHUNK: Final = 1 << 20
 _COMPRESSED: Final = (
     (b"\x1f\x8b", "gzip", "gzip -d"),
     (b"BZh", "bzip2", "bzip2 -d"),
@@ -32,7 +37,7 @@ _COMPRESSED: Final = (
     (b"\x28\xb5\x2f\xfd", "zstd", "zstd -d"),
 )
 
-Payload = Union[FilePayload, memoryview]
+Payload = Union[FilePayload, memoryview, Plan]
 PathLike = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
 
 
@@ -41,7 +46,7 @@ class OpenRootfs:
     """A source that is open for one launch and must be closed after it.
 
     Attributes:
-        payload: the bytes: a run of a descriptor, or memory.
+        payload: the bytes: a run of a descriptor, memory, or a plan that makes them.
         name: what to call it in messages.
     """
 
@@ -54,7 +59,45 @@ class OpenRootfs:
     def length(self) -> int:
         """Exact number of bytes that will be sent."""
         payload = self.payload
-        return payload.length if isinstance(payload, FilePayload) else payload.nbytes
+        return payload.nbytes if isinstance(payload, memoryview) else payload.length
+
+    @property
+    def where(self) -> str:
+        """What to call the piece that was given last in messages."""
+        return (isinstance(self.payload, Plan) and self.payload.where) or self.name
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """Paths of what the source has and an archive cannot hold, such as sockets."""
+        return self.payload.left_out if isinstance(self.payload, Plan) else ()
+
+    def pieces(self) -> Iterator[Piece]:
+        """Give the archive piece by piece; a piece is good until the next is asked for.
+
+        Raises:
+            SourceError: as `Plan.pieces` does.
+        """
+        if isinstance(self.payload, Plan):
+            yield from self.payload.pieces()
+        else:
+            yield self.payload
+
+    def chunks(self, size: int = _CHUNK) -> Iterator[memoryview]:
+        """Give the bytes of the archive in memory, for whoever reads instead of sending.
+
+        A chunk is good until the next is asked for, and at most `size` bytes long.
+
+        Raises:
+            SourceTruncatedError: a file ended before its length.
+            SourceError: as `pieces` does.
+        """
+        scrap = memoryview(bytearray(size))
+        for piece in self.pieces():
+            if isinstance(piece, memoryview):
+                for at in range(0, piece.nbytes, size):
+                    yield piece[at : at + size]
+            else:
+                yield from _read(piece, scrap, self.where)
 
     def read_small(self, limit: int) -> bytes | None:
         """Return the whole archive where it has at most `limit` bytes and is at hand; else None.
@@ -66,7 +109,7 @@ class OpenRootfs:
             SourceTruncatedError, SourceReadError: as sending it would.
         """
         payload = self.payload
-        if self.length > limit:
+        if isinstance(payload, Plan) or self.length > limit:
             return None
         if isinstance(payload, memoryview):
             return bytes(payload) if isinstance(payload.obj, (bytes, bytearray)) else None
@@ -104,6 +147,8 @@ class OpenRootfs:
         fd, self._fd = self._fd, -1
         if fd >= 0:
             os.close(fd)
+        if isinstance(self.payload, Plan):
+            self.payload.close()
 
 
 class Rootfs:
@@ -113,23 +158,41 @@ class Rootfs:
     where it was made. It holds no descriptor: each launch opens the source for itself.
     """
 
-    def __init__(self, opener: Callable[[], OpenRootfs]) -> None:
-        """For this module; use the class methods."""
+    def __init__(self, opener: Callable[[], OpenRootfs], name: str | None = None) -> None:
+        """For this module; use the class methods.
+
+        `name` is given where opening is dear: then the first use opens it.
+        """
         self._opener = opener
-        source = opener()
-        try:
+        self._length: int | None = None
+        self.name = name or ""
+        if name is None:
+            source = self.open()
             self.name = source.name
-            self.length = source.length
-        finally:
             source.close()
+
+    @property
+    def length(self) -> int:
+        """Bytes, as they were when the source was last opened; a directory is walked for it.
+
+        Raises:
+            InvalidArgumentError, SourceReadError: as `open` does.
+        """
+        if self._length is None:
+            self.open().close()
+        assert self._length is not None  # noqa: S101 - open has set it
+        return self._length
 
     def open(self) -> OpenRootfs:
         """Open the source and measure it anew.
 
         Raises:
-            InvalidArgumentError, SourceReadError: as the class methods do.
+            InvalidArgumentError, SourceReadError: as the class methods do; of a directory, the
+                message names what cannot be read.
         """
-        return self._opener()
+        source = self._opener()
+        self._length = source.length
+        return source
 
     @classmethod
     def from_file(cls, path: PathLike) -> Rootfs:
@@ -143,6 +206,73 @@ class Rootfs:
             SourceReadError: it cannot be opened; errno says why.
         """
         return cls(lambda: _open_file(path))
+
+    @classmethod
+    def from_directory(cls, path: PathLike, *, exclude: Exclude = ()) -> Rootfs:
+        """Use a directory: its archive is put together while it is sent, with no temporary file.
+
+        The archive begins with `rootfs/`; members are sorted by the bytes of their names, a
+        directory's with its trailing slash. Format GNU, owner 0:0, time 0, permission bits as they
+        are: the same tree gives the same bytes anywhere. Hard links to a file that came before are
+        links, symbolic links are never followed, sparse files are sent as plain data. Extended
+        attributes are not sent, since the guest drops them. File systems mounted inside the tree
+        are part of it.
+
+        Left out: `dev`, `proc`, `run`, `sys`, `tmp` and `krun-awsnitro` at the top, which the guest
+        makes itself; sockets, with a warning.
+
+        Each launch walks the tree when it begins to listen, and sends that. What changes later is
+        found out when it comes to it, and ends the launch.
+
+        Args:
+            path: of the directory that is to be `/`; may be a symbolic link to it.
+            exclude: globs (fnmatch) of what to leave out, with all that is in it: one without a
+                slash is matched against the last part of a path, `*.pyc`; one with a slash against
+                the whole path from the root, `usr/share/doc` or `/boot`; `*` matches slashes too.
+                Or a function that takes the path relative to the root and returns true for what to
+                leave out.
+
+        Raises:
+            InvalidArgumentError: not a directory, or an exclude that is none.
+            SourceReadError: it cannot be opened; errno says why.
+        """
+        rule = make_exclude(exclude)
+        name = os.fsdecode(check_directory(path))
+        return cls(lambda: OpenRootfs(TreePlan.of(path, rule), name), name)
+
+    @classmethod
+    def from_tar(cls, path: PathLike, prefix: str | bytes = "rootfs/") -> Rootfs:
+        """Use a plain tar that some tool wrote, for instance `docker export`; nothing is unpacked.
+
+        Its members are put under `rootfs/`, unless all of them lie there already. Headers are made
+        anew: modes are kept; owners, times and extended attributes are not, as with a directory.
+        What the guest makes itself (dev, proc, run, sys, tmp, krun-awsnitro) is left out. Data is
+        sent from the file itself. docs/rootfs.md says what else becomes of which member.
+
+        Args:
+            path: of a readable regular file.
+            prefix: put in front of every name: `rootfs/`, or a directory below it.
+
+        Raises:
+            InvalidArgumentError: not a regular file, empty, or compressed; or another prefix.
+            ArchiveError: no tar, cut short, or with a member the guest could not or must not
+                unpack; it is named.
+            SourceReadError: it cannot be read; errno says why.
+        """
+        planner = Planner(prefix)
+
+        def opener() -> OpenRootfs:
+            source = _open_file(path)
+            try:
+                payload = source.payload
+                assert isinstance(payload, FilePayload)  # noqa: S101 - of a file it is
+                source.payload = planner.plan(payload, source.name)
+            except BaseException:
+                source.close()
+                raise
+            return source
+
+        return cls(opener)
 
     @classmethod
     def from_fd(cls, fd: int, offset: int | None = None, length: int | None = None) -> Rootfs:
@@ -202,6 +332,26 @@ def _stat(fd: int, name: str, stage: Stage = Stage.VALIDATE) -> os.stat_result:
         return os.fstat(fd)
     except OSError as error:
         raise _unreadable(name, "looked at", error, stage) from error
+
+
+def _read(run: FilePayload, scrap: memoryview, name: str) -> Iterator[memoryview]:
+    done = 0
+    while done < run.length:
+        part = scrap[: min(len(scrap), run.length - done)]
+        try:
+            got = (
+                os.preadv(run.fd, [part], run.offset + done)
+                if run.seekable
+                else os.readv(run.fd, [part])
+            )
+        except OSError as error:
+            raise _unreadable(name, "read", error, Stage.ROOTFS) from error
+        if got == 0:
+            raise SourceTruncatedError(
+                f"{name} ended {run.length - done} bytes early", stage=Stage.ROOTFS
+            )
+        done += got
+        yield part[:got]
 
 
 def _open_file(path: PathLike) -> OpenRootfs:
@@ -312,9 +462,18 @@ def _refuse_empty(source: OpenRootfs) -> None:
         raise InvalidArgumentError("rootfs", source.name, "must not be empty")
 
 
-def _refuse_compressed(source: OpenRootfs, head: bytes) -> None:
+def compression(head: bytes) -> tuple[str, str] | None:
+    """Return what a file that begins so is compressed with, and the command that undoes it."""
     for magic, kind, command in _COMPRESSED:
         if head.startswith(magic):
-            raise InvalidArgumentError(
-                "rootfs", source.name, f"must be a plain tar, this is {kind}: run `{command}` first"
-            )
+            return kind, command
+    return None
+
+
+def _refuse_compressed(source: OpenRootfs, head: bytes) -> None:
+    found = compression(head)
+    if found is not None:
+        kind, command = found
+        raise InvalidArgumentError(
+            "rootfs", source.name, f"must be a plain tar, this is {kind}: run `{command}` first"
+        )

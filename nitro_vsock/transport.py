@@ -413,7 +413,6 @@ class Stream(Holder):
         super().__init__(wake_up)
         self.family = family
         self.peer = peer
-        self._enlarged = False
         if family == socket.AF_VSOCK:
             _lib.block_briefly(fd, WAIT_IN_KERNEL)
 
@@ -434,7 +433,6 @@ class Stream(Holder):
         Raises what the errno table says for the meter's stage.
         """
         with self._in_use():
-            self._enlarge(payload.length)
             if strategy is Strategy.AUTO:
                 strategy = choose_strategy(self.family, payload)
             code = _lib.send_from(
@@ -449,10 +447,11 @@ class Stream(Holder):
             )
             return _STRATEGIES[code]
 
-    def _enlarge(self, length: int) -> None:
-        if self.family == socket.AF_UNIX and not self._enlarged and length > SEND_BUFFER // 64:
-            self._enlarged = True
-            _lib.enlarge_sndbuf(self._fd, SEND_BUFFER)
+    def expect(self, length: int) -> None:
+        """Prepare for so many bytes of payload to send: enlarge the buffer where it pays."""
+        with self._in_use():
+            if self.family == socket.AF_UNIX and length > SEND_BUFFER // 64:
+                _lib.enlarge_sndbuf(self._fd, SEND_BUFFER)
 
     def handshake(self, ready: int, guard: _lib.Guard) -> None:
         """Exchange the ready byte as the side that connected."""

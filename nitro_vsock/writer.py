@@ -20,6 +20,7 @@ from nitro_vsock.errors import (
     ClosedError,
     InvalidArgumentError,
     NitroVsockError,
+    PreflightError,
     SourceError,
     Stage,
     VsockBindError,
@@ -39,6 +40,8 @@ from nitro_vsock.frames import (
     encode_text,
     encode_texts,
 )
+from nitro_vsock.preflight import Finding, Severity, quick_preflight
+from nitro_vsock.preflight import preflight as full_preflight
 from nitro_vsock.progress import Meter, Progress
 from nitro_vsock.proxies import DeviceProxyList
 from nitro_vsock.sources import OpenRootfs, PathLike, Rootfs
@@ -75,7 +78,7 @@ class LaunchReport:
         bytes_sent: bytes of the whole stream, ready byte not counted.
         rootfs_bytes: bytes of the root file system among them.
         strategy: how the root file system was moved in the end; READ where the kernel refused the
-            first choice.
+            first choice. Of a directory, how its last large file was; SEND where it has none.
         system_calls: calls that moved bytes or tried to.
         seconds: duration of each phase: accept (with the handshake), arguments, rootfs, finish.
         peer: who took it.
@@ -244,7 +247,8 @@ class EnclaveArgsWriter:
             ExecArgv(argv),
             ExecEnvp(envp),
         )
-        encode_packets([*self.args, RootFilesystem(rootfs.length)])
+        # To see that they fit. The archive's length takes the same room whatever it is.
+        encode_packets([*self.args, RootFilesystem(1)])
 
     def listen(
         self,
@@ -254,6 +258,7 @@ class EnclaveArgsWriter:
         peer_cid: int | None = None,
         strict_peer: bool = False,
         strategy: Strategy | str = Strategy.AUTO,
+        preflight: bool = True,
     ) -> Launch:
         """Bind the arguments port now, before the enclave boots: a guest tries once.
 
@@ -266,12 +271,15 @@ class EnclaveArgsWriter:
             strict_peer: fail at the first stranger, as the reference does, instead of refusing it
                 and waiting on.
             strategy: how to send the root file system; AUTO takes the fastest.
+            preflight: make the quick ones of the checks of `preflight`: the strings, and the first
+                header of an archive in a file. Errors are raised, warnings logged.
 
         Returns:
             A Launch; use it as a context manager.
 
         Raises:
             InvalidArgumentError: before anything is bound.
+            PreflightError: the guest would fail on this launch; before anything is bound.
             SourceReadError: the rootfs cannot be opened.
             VsockBindError: the port is taken or not permitted.
             UnsupportedError: this kernel has no AF_VSOCK.
@@ -281,10 +289,26 @@ class EnclaveArgsWriter:
         source = self.rootfs.open()
         try:
             way = _check_strategy(strategy, source)
+            if preflight:
+                _refuse_errors(quick_preflight(self, source))
             return Launch(self, source, cid, address, wanted, strict_peer, way)
         except BaseException:
             source.close()
             raise
+
+    def preflight(self, memory_bytes: int | None = None) -> tuple[Finding, ...]:
+        """Return everything that the guest would fail on, or may, without launching anything.
+
+        The archive is read once, from its start to its end; a pipe is not. docs/rootfs.md has the
+        table of codes.
+
+        Args:
+            memory_bytes: the enclave's memory; not checked where it is left out.
+
+        Raises:
+            InvalidArgumentError: a memory_bytes that is no number of bytes.
+        """
+        return full_preflight(self, memory_bytes)
 
     def write_args(
         self,
@@ -335,6 +359,14 @@ def _path_first(envp: tuple[bytes, ...]) -> tuple[bytes, ...]:
             return (entry, *envp[:index], *envp[index + 1 :])
     logger.warning("argv[0] has no slash and envp no PATH: the guest will not find the program")
     return envp
+
+
+def _refuse_errors(findings: tuple[Finding, ...]) -> None:
+    for finding in findings:
+        if finding.severity is Severity.ERROR:
+            limit = f"{finding.reason}; {finding.remedy}"
+            raise PreflightError(finding.subject, finding.code, limit, findings)
+        logger.warning("%s", finding)
 
 
 def _check_peer_cid(cid: int) -> int | None:
@@ -529,19 +561,21 @@ class Launch(Holder):
         return small
 
     def _send_rootfs(self, stream: Stream, guard: Guard, meter: Meter) -> Strategy:
-        payload = self._source.payload
         strategy = Strategy.SEND
         begun = meter.done
+        if not isinstance(self._source.payload, memoryview):
+            stream.expect(self._source.length)
         try:
-            if isinstance(payload, FilePayload):
-                strategy = stream.send_from(payload, self._strategy, guard, meter)
-            else:
-                stream.send(payload, guard, meter)
+            for piece in self._source.pieces():
+                if isinstance(piece, FilePayload):
+                    strategy = stream.send_from(piece, self._strategy, guard, meter)
+                else:
+                    stream.send(piece, guard, meter)
             self._source.verify()
         except SourceError as error:
             error.bytes_sent, error.total = meter.done, meter.total
             error.offset = meter.done - begun
-            error.explain(f"{self._source.name}, at offset {error.offset}")
+            error.explain(f"{self._source.where}, at offset {error.offset}")
             raise
         return strategy
 

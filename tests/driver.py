@@ -24,6 +24,8 @@ from archives import make_tar
 from faults import Faults
 from peer import READY, U64, Guest, connect, wait_until
 from stages import ARGUMENT_BYTES, RawGuest, long_launch, open_descriptors
+from trees import build as make_tree
+from trees import file, model, symlink
 
 from nitro_vsock import EnclaveArgsReader, EnclaveArgsWriter, NitroVsockError, Rootfs
 
@@ -106,7 +108,21 @@ class Bench:
     def __init__(self, folder, size, source):
         self.sockets = Path(folder) / "s"
         self.sockets.mkdir()
-        self.data = make_tar(size)
+        self._tree = Path(folder) / "tree"
+        if source == "tree":
+            # Every way through the core, with as few calls as there can be.
+            make_tree(
+                self._tree,
+                {
+                    b"d/f": file(bytes(size)),
+                    b"l": symlink(b"d"),
+                    b"s": file(b"", 0o600),
+                    b"z": file(bytes(300_000)),
+                },
+            )
+            self.data = model(self._tree)
+        else:
+            self.data = make_tar(size)
         self.sha256 = hashlib.sha256(self.data).hexdigest()
         self._source = source
         self._path = Path(folder) / "rootfs.tar"
@@ -117,6 +133,8 @@ class Bench:
         """Yield the archive as a Rootfs."""
         if self._source == "file":
             yield Rootfs.from_file(self._path)
+        elif self._source == "tree":
+            yield Rootfs.from_directory(self._tree)
         elif self._source == "memory":
             yield Rootfs.from_bytes(self.data)
         else:

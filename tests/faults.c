@@ -5,10 +5,12 @@
 #undef _FORTIFY_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <linux/vm_sockets.h>
 #include <poll.h>
 #include <pthread.h>
 #include <signal.h>
+#include <stdarg.h>
 #include <stdatomic.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -131,6 +133,8 @@ PLAIN(int, ppoll,
       nfds, timeout, mask)
 PLAIN(int, fstat, (int fd, struct stat *st), fd, st)
 PLAIN(int, lstat, (const char *path, struct stat *st), path, st)
+PLAIN(int, fstatat, (int dir, const char *path, struct stat *st, int flags), dir, path, st, flags)
+PLAIN(ssize_t, readlinkat, (int dir, const char *path, char *buf, size_t len), dir, path, buf, len)
 PLAIN(int, unlink, (const char *path), path)
 PLAIN(int, eventfd, (unsigned int initial, int flags), initial, flags)
 PLAIN(int, sigpending, (sigset_t * set), set)
@@ -166,6 +170,59 @@ int fstat64(int fd, struct stat64 *st) {
 
 int lstat64(const char *path, struct stat64 *st) {
     return judge("lstat", CALLER) == FAIL ? -1 : REAL(lstat64)(path, st);
+}
+
+int fstatat64(int dir, const char *path, struct stat64 *st, int flags) {
+    return judge("fstatat", CALLER) == FAIL ? -1 : REAL(fstatat64)(dir, path, st, flags);
+}
+
+ssize_t __readlinkat_chk(int dir, const char *path, char *buf, size_t len, size_t room) {
+    (void)room;
+    return judge("readlinkat", CALLER) == FAIL ? -1 : REAL(readlinkat)(dir, path, buf, len);
+}
+
+/* The mode is there only where the flags say so; reading one that is not harms nobody here. */
+int openat(int dir, const char *path, int flags, ...) {
+    va_list more;
+    mode_t mode;
+
+    va_start(more, flags);
+    mode = va_arg(more, mode_t);
+    va_end(more);
+    return judge("openat", CALLER) == FAIL ? -1 : REAL(openat)(dir, path, flags, mode);
+}
+
+int openat64(int dir, const char *path, int flags, ...) {
+    va_list more;
+    mode_t mode;
+
+    va_start(more, flags);
+    mode = va_arg(more, mode_t);
+    va_end(more);
+    return judge("openat", CALLER) == FAIL ? -1 : REAL(openat64)(dir, path, flags, mode);
+}
+
+/* Six words are as many as any call takes. */
+long syscall(long number, ...) {
+    long words[6];
+    va_list more;
+    int i;
+
+    va_start(more, number);
+    for (i = 0; i < 6; i++)
+        words[i] = va_arg(more, long);
+    va_end(more);
+    if (judge("syscall", CALLER) == FAIL)
+        return -1;
+    return REAL(syscall)(number, words[0], words[1], words[2], words[3], words[4], words[5]);
+}
+
+int __openat_2(int dir, const char *path, int flags) {
+    return judge("openat", CALLER) == FAIL ? -1 : REAL(openat)(dir, path, flags, 0);
+}
+
+int __openat64_2(int dir, const char *path, int flags) {
+    return judge("openat", CALLER) == FAIL ? -1 : REAL(openat64)(dir, path, flags, 0);
 }
 
 int __ppoll_chk(struct pollfd *fds, nfds_t nfds, const struct timespec *timeout,

@@ -20,6 +20,7 @@ TRANSFERS = ("send", "recv", "read", "pread", "sendfile", "splice")
 CALLS = (
     *("socket", "bind", "listen", "connect", "accept4", "getsockopt", "setsockopt", "close"),
     *("ppoll", "fstat", "mmap", "munmap", "unlink", "sigpending", "sigtimedwait"),
+    *("openat", "fstatat", "readlinkat", "syscall"),
     *TRANSFERS,
 )
 """What the compiled module calls and faults.c can make fail."""

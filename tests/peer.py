@@ -61,9 +61,13 @@ def handshake(sock):
 class Parser:
     """Reads frames from a connected socket until Finished."""
 
-    def __init__(self, sock, *, before_read=None):
-        """`before_read(bytes_received)` runs before every read: to stall, or to die by raising."""
+    def __init__(self, sock, *, before_read=None, sink=None):
+        """`before_read(bytes_received)` runs before every read: to stall, or to die by raising.
+
+        `sink` is called with each piece of the archive.
+        """
         self.sock = sock
+        self.sink = sink or (lambda piece: None)
         self.before_read = before_read or (lambda received: None)
         self.taken = Taken()
 
@@ -110,6 +114,7 @@ class Parser:
                 digest = hashlib.sha256()
                 for piece in self.payload(taken.rootfs_bytes):
                     digest.update(piece)
+                    self.sink(piece)
                 taken.rootfs_sha256 = digest.hexdigest()
             elif frame[0] == 1:
                 taken.path = self.string()
@@ -130,11 +135,12 @@ class Parser:
 class Guest(threading.Thread):
     """A guest in a thread: connects, handshakes, parses, closes."""
 
-    def __init__(self, address, *, before_read=None, hold_open=False):
+    def __init__(self, address, *, before_read=None, sink=None, hold_open=False):
         """`hold_open` keeps the connection after Finished until `close` is called."""
         super().__init__(daemon=True)
         self._address = address
         self._before_read = before_read
+        self._sink = sink
         self._hold = threading.Event()
         if not hold_open:
             self._hold.set()
@@ -147,7 +153,7 @@ class Guest(threading.Thread):
         try:
             with connect(self._address) as sock:
                 sock.settimeout(60)
-                self._parser = Parser(sock, before_read=self._before_read)
+                self._parser = Parser(sock, before_read=self._before_read, sink=self._sink)
                 handshake(sock)
                 self._parser.run()
                 self._hold.wait(60)

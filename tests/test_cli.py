@@ -18,9 +18,9 @@ from pathlib import Path
 
 import click
 import pytest
-from archives import make_tar
 from conftest import CID, HAS_LOOPBACK
 from peer import Guest, connect, handshake, wait_until
+from vectors.tars import tar_of
 
 from nitro_vsock.cli.failures import MEANING
 from nitro_vsock.cli.params import parse_size
@@ -336,8 +336,8 @@ def without_vsock():
 
 def test_kernel_without_vsock_exits_9(archive):
     """Where AF_VSOCK is missing, `send` says so."""
-    args = ["send", "--cid", str(CID), "--rootfs", str(archive.path), "--env", "A=1", "--json", "x"]
-    done = run(*args, preexec_fn=without_vsock)
+    args = ["send", "--cid", str(CID), "--rootfs", str(archive.path), "--env", "A=1", "--json"]
+    done = run(*args, "/x", preexec_fn=without_vsock)
     assert_failed(done, 9, "UnsupportedError", "bind")
 
 
@@ -586,7 +586,7 @@ def test_demo_memory_does_not_depend_on_the_size():
 def test_demo_tells_why_the_reader_refused(tmp_path):
     """An archive the guest could not unpack ends with the reader's own error and exit code."""
     path = tmp_path / "bad.tar"
-    path.write_bytes(make_tar(64 << 10).replace(b"rootfs/data", b"elsewhere/a", 1))
+    path.write_bytes(tar_of("rootfs/data", "elsewhere/a"))
     done = run("demo", "--rootfs", str(path), "--json")
     error = assert_failed(done, 7, "GuestRuleError", "read")
     assert error["message"].startswith("the reader: ")

@@ -110,8 +110,8 @@ def test_compiled_core_is_imported_in_one_file_only():
 
 
 def test_frames_do_no_io():
-    """frames.py and guestrules.py import nothing that does I/O."""
-    for name in ("frames", "guestrules"):
+    """What turns bytes into frames or members, and judges them, imports nothing that does I/O."""
+    for name in ("frames", "guestrules", "members", "guesttree"):
         for found in imports(PROJECT / f"nitro_vsock/{name}.py"):
             top = found.split(".")
             assert top[0] not in {"os", "socket", "time", "select", "io"}

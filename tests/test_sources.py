@@ -69,7 +69,10 @@ def launch(uds, guest_path):
             if events and received > HEADER + (1 << 20):
                 events.pop()()
 
-        with writer_of(rootfs).listen(CID, uds_path=uds, strategy=strategy) as launch:
+        # What is sent is mostly no tar.
+        with writer_of(rootfs).listen(
+            CID, uds_path=uds, strategy=strategy, preflight=False
+        ) as launch:
             guest = Guest(guest_path, before_read=before_read)
             if guests is not None:
                 guests.append(guest)
@@ -185,7 +188,7 @@ def test_descriptor_begins_at_its_own_offset_and_keeps_it(launch, file, strategy
 def test_descriptor_may_be_closed_once_the_launch_listens(uds, guest_path, file):
     """The launch has one of its own."""
     with opened(file) as fd:
-        launch = writer_of(Rootfs.from_fd(fd)).listen(CID, uds_path=uds)
+        launch = writer_of(Rootfs.from_fd(fd)).listen(CID, uds_path=uds, preflight=False)
     with launch:
         guest = Guest(guest_path)
         launch.send(30)
@@ -242,7 +245,8 @@ def test_file_truncated_during_the_transfer_is_named(fails, large_file, strategy
 
 def test_file_truncated_before_the_guest_came_is_named(uds, guest_path, file):
     """The length was declared when the launch began to listen."""
-    with writer_of(Rootfs.from_file(file)).listen(CID, uds_path=uds) as launch:
+    writer = writer_of(Rootfs.from_file(file))
+    with writer.listen(CID, uds_path=uds, preflight=False) as launch:
         os.truncate(file, 1000)
         guest = Guest(guest_path)
         with pytest.raises(SourceTruncatedError) as caught:
@@ -763,7 +767,8 @@ def test_six_gib_arrive_to_the_byte(uds, guest_path):
         os.ftruncate(fd, length)
         for edge, data in islands.items():
             os.pwrite(fd, data, edge)
-        launch = stack.enter_context(writer_of(Rootfs.from_fd(fd)).listen(CID, uds_path=uds))
+        writer = writer_of(Rootfs.from_fd(fd))
+        launch = stack.enter_context(writer.listen(CID, uds_path=uds, preflight=False))
         guest = stack.enter_context(ThreadPoolExecutor(1)).submit(take)
         report = launch.send(60, wait_closed=False)
         assert guest.result(60) == length + 1

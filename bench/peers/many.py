@@ -18,7 +18,8 @@ def main(base, archive, *ports):
         app_output=True,
     )
     launches = [
-        writer.listen(int(port) - VsockPortOffset.ARGS_READER, uds_path=base) for port in ports
+        writer.listen(int(port) - VsockPortOffset.ARGS_READER, uds_path=base, preflight=False)
+        for port in ports
     ]
     with ThreadPoolExecutor(len(launches)) as pool:
         list(pool.map(lambda launch: launch.send(timeout=600.0), launches))

@@ -10,11 +10,12 @@ import errno
 import logging
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Any, Final, NoReturn
 
 import click
 
@@ -22,52 +23,30 @@ from nitro_vsock import errors
 from nitro_vsock.cli import bench as comparison
 from nitro_vsock.cli import demo as demonstration
 from nitro_vsock.cli import doctor as examination
-from nitro_vsock.cli import failures, output
+from nitro_vsock.cli import failures, inspection, output
+from nitro_vsock.cli.options import (
+    EPILOG,
+    LAUNCH_SETTINGS,
+    exclude_option,
+    global_options,
+    launch_options,
+    make_writer,
+)
 from nitro_vsock.cli.output import Settings
-from nitro_vsock.cli.params import parse_peer_cid, parse_size, parse_variable
+from nitro_vsock.cli.params import parse_peer_cid, parse_size
+from nitro_vsock.cli.rootfs import choose_rootfs
 from nitro_vsock.deadline import DEFAULT_TIMEOUT
-from nitro_vsock.progress import Progress
+from nitro_vsock.progress import Meter, Progress
 from nitro_vsock.protocol import VMADDR_CID_HOST
 from nitro_vsock.reader import EnclaveArgs, EnclaveArgsReader
-from nitro_vsock.sources import Rootfs
+from nitro_vsock.sinks import open_sink
 from nitro_vsock.transport import Strategy
-from nitro_vsock.writer import EnclaveArgsWriter
 
 PROGRAM: Final = "nitro-vsock"
 
 _RETRY_SECONDS: Final = 0.02
 _NOBODY_THERE: Final = frozenset({errno.ECONNREFUSED, errno.ENOENT, errno.ECONNRESET})
 _FILE_STRATEGIES: Final = [Strategy.AUTO, Strategy.SENDFILE, Strategy.MMAP, Strategy.READ]
-
-_EPILOG: Final = "\b\nExit codes:\n" + "\n".join(
-    f"  {code.value:>3}  {text}" for code, text in failures.MEANING.items()
-)
-
-_Command = TypeVar("_Command", bound=Callable[..., Any])
-
-
-def _set_json(context: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        context.ensure_object(Settings).json = True
-
-
-def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
-    if value:
-        context.ensure_object(Settings).debug = True
-        logging.getLogger("nitro_vsock").setLevel(logging.DEBUG)
-
-
-def _global_options(command: _Command) -> _Command:
-    """Add the options that stand before or after the command's name."""
-    for name, callback, text in (
-        ("--json", _set_json, "Print one JSON object on stdout, also for an error."),
-        ("--debug", _set_debug, "Show tracebacks and the library's log."),
-    ):
-        command = click.option(
-            name, is_flag=True, expose_value=False, is_eager=True, callback=callback, help=text
-        )(command)
-    return command
-
 
 _timeout_option = click.option(
     "--timeout",
@@ -88,32 +67,19 @@ _uds_option = click.option(
 
 
 @click.group(
-    epilog=_EPILOG,
+    epilog=EPILOG,
     no_args_is_help=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 @click.version_option(package_name="nitro_vsock", prog_name=PROGRAM)
-@_global_options
+@global_options
 def cli() -> None:
     """Hand a booting Nitro enclave its root file system, program and environment over vsock."""
 
 
-@cli.command(
-    epilog=_EPILOG,
-    # The first word that is no option begins the guest's command line: its options are its own.
-    context_settings={"allow_interspersed_args": False},
-)
+@cli.command(epilog=EPILOG, context_settings=LAUNCH_SETTINGS)
 @_cid_option
-@click.option("--rootfs", required=True, metavar="FILE", help="A plain tar, all under rootfs/.")
-@click.option("--exec-path", metavar="PATH", help="The program to measure.  [default: argv[0]]")
-@click.option(
-    "--env",
-    type=parse_variable,
-    multiple=True,
-    required=True,
-    metavar="NAME=VALUE",
-    help="A variable for the program; repeat it. The last of a name counts.",
-)
+@launch_options
 @_uds_option
 @_timeout_option
 @click.option(
@@ -138,15 +104,13 @@ def cli() -> None:
     metavar="FD",
     help="An inherited descriptor of the enclave; give up when it hangs up.",
 )
-@click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED)
-@_global_options
+@click.option("--no-preflight", is_flag=True, help="Skip the quick checks of the launch.")
+@global_options
 @click.pass_obj
 def send(
     settings: Settings,
+    /,
     cid: int,
-    rootfs: str,
-    exec_path: str | None,
-    env: tuple[tuple[bytes, bytes], ...],
     uds_path: str | None,
     timeout: float,
     strategy: str,
@@ -155,22 +119,21 @@ def send(
     peer_cid: int | None,
     strict_peer: bool,
     enclave_fd: int | None,
-    argv: tuple[str, ...],
+    no_preflight: bool,
+    **launch_arguments: Any,
 ) -> None:
     """Send a launch to the enclave that is about to boot.
 
     ARGV is the program and its arguments, as the guest is to run it. Put it after `--`.
     """
-    writer = EnclaveArgsWriter(
-        Rootfs.from_file(rootfs),
-        os.fsencode(exec_path or argv[0]),
-        list(map(os.fsencode, argv)),
-        dict(env),
-        network_proxy=network_proxy,
-        app_output=app_output,
-    )
+    writer = make_writer(**launch_arguments, network_proxy=network_proxy, app_output=app_output)
     with writer.listen(
-        cid, uds_path=uds_path, peer_cid=peer_cid, strict_peer=strict_peer, strategy=strategy
+        cid,
+        uds_path=uds_path,
+        peer_cid=peer_cid,
+        strict_peer=strict_peer,
+        strategy=strategy,
+        preflight=not no_preflight,
     ) as launch:
         output.print_note(f"listening at {launch.address} for CID {cid}")
         with output.show_progress("waiting for the guest") as show:
@@ -188,7 +151,7 @@ def send(
     )
 
 
-@cli.command(epilog=_EPILOG)
+@cli.command(epilog=EPILOG)
 @_cid_option
 @_uds_option
 @click.option(
@@ -202,7 +165,7 @@ def send(
 @click.option("--strict", is_flag=True, help="Also enforce what the real guest needs.")
 @click.option("--wait", is_flag=True, help="Wait for the host's listener to appear.")
 @_timeout_option
-@_global_options
+@global_options
 @click.pass_obj
 def receive(
     settings: Settings,
@@ -255,12 +218,63 @@ def _retry(
         time.sleep(_RETRY_SECONDS)
 
 
-@cli.command(epilog=_EPILOG)
+@cli.command(epilog=EPILOG)
+@click.argument("rootfs")
+@click.option(
+    "-o",
+    "--output",
+    "out",
+    required=True,
+    metavar="FILE",
+    help="Where to; it appears when complete. '-' is stdout.",
+)
+@exclude_option
+@global_options
+@click.pass_obj
+def pack(settings: Settings, rootfs: str, out: str, exclude: tuple[str, ...]) -> None:
+    """Write the archive that `send` would send, byte for byte.
+
+    ROOTFS is a directory that is to be /, or an archive.
+    """
+    to_stdout = out == "-"
+    if to_stdout:
+        settings.json = False  # stdout is the archive's, also where it fails
+        if os.isatty(sys.stdout.fileno()):
+            raise click.UsageError("an archive is not for a terminal: give a file or a pipe")
+    source = choose_rootfs(rootfs, exclude).open()
+    try:
+        with (
+            open_sink(sys.stdout.fileno() if to_stdout else out) as store,
+            output.show_progress("packing") as show,
+        ):
+            meter = Meter(show)
+            meter.total = source.length
+            meter.begin(errors.Stage.ROOTFS)
+            for chunk in source.chunks():
+                store(chunk)
+                meter.done += len(chunk)
+                meter.tick()
+            source.verify()
+            meter.tick(last=True)
+    except errors.SourceError as error:
+        error.stage = None  # of a launch, and there is none
+        raise
+    finally:
+        source.close()
+    lines = [f"packed {source.length:,} bytes into {'stdout' if to_stdout else out}"]
+    if to_stdout:
+        output.print_note(lines[0])
+    else:
+        output.print_result(settings, {"output": out, "bytes": source.length}, lines)
+
+
+@cli.command(epilog=EPILOG)
 @click.option(
     "--rootfs",
     type=click.Path(path_type=Path),
-    metavar="FILE",
-    help="A plain tar, all under rootfs/.  [default: made of Python's standard library]",
+    metavar="DIR|TAR",
+    help="A directory that is to be /, or a plain tar.  [default: made of Python's standard "
+    "library]",
 )
 @click.option(
     "--size",
@@ -269,7 +283,7 @@ def _retry(
     help="Send an archive of zeros of about this size, such as 64MiB or 4GiB; it takes no space.",
 )
 @_timeout_option
-@_global_options
+@global_options
 @click.pass_obj
 def demo(settings: Settings, rootfs: Path | None, size: int | None, timeout: float) -> None:
     """Do a whole launch on this machine, without an enclave.
@@ -308,7 +322,7 @@ def demo(settings: Settings, rootfs: Path | None, size: int | None, timeout: flo
     )
 
 
-@cli.command(epilog=_EPILOG)
+@cli.command(epilog=EPILOG)
 @click.option(
     "--rootfs",
     type=click.Path(path_type=Path, exists=True, dir_okay=False),
@@ -333,7 +347,7 @@ def demo(settings: Settings, rootfs: Path | None, size: int | None, timeout: flo
     help="A real reader's, which connects once for every launch.  [default: a reader of ours]",
 )
 @_uds_option
-@_global_options
+@global_options
 @click.pass_obj
 def bench(
     settings: Settings,
@@ -374,8 +388,8 @@ def bench(
     )
 
 
-@cli.command(epilog=_EPILOG)
-@_global_options
+@cli.command(epilog=EPILOG)
+@global_options
 @click.pass_context
 def doctor(context: click.Context) -> None:
     """Say what launches can do on this machine.
@@ -385,6 +399,10 @@ def doctor(context: click.Context) -> None:
     found, lines = examination.examine()
     output.print_result(context.obj, found, lines)
     context.exit(failures.ExitCode.OK if found["af_vsock"] else failures.ExitCode.UNSUPPORTED)
+
+
+cli.add_command(inspection.check)
+cli.add_command(inspection.measure)
 
 
 def run(args: list[str]) -> int:

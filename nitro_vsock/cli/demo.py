@@ -26,6 +26,7 @@ from nitro_vsock.cli.doctor import loopback_problem, strategies
 from nitro_vsock.cli.failures import DemoError
 from nitro_vsock.cli.memory import PeakMemory
 from nitro_vsock.cli.output import Settings, format_bytes, print_note, show_progress
+from nitro_vsock.cli.rootfs import choose_rootfs
 from nitro_vsock.protocol import VMADDR_CID_LOCAL
 from nitro_vsock.sources import Rootfs
 from nitro_vsock.transport import Strategy
@@ -33,7 +34,6 @@ from nitro_vsock.writer import EnclaveArgsWriter, Launch, LaunchReport
 
 _ARGV: Final = ["/usr/bin/python3", "-c", "print('hello from the enclave')", "a name with spaces"]
 _ENVP: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "GREETING": "héllo"}
-_CHUNK: Final = 1 << 20
 _FOLDER_ON_DISK: Final = "/var/tmp"  # noqa: S108 - only a place for a TemporaryDirectory
 _BLAMES_THE_READER: Final = (
     errors.PeerClosedError,
@@ -66,7 +66,7 @@ def run(settings: Settings, rootfs: Path | None, size: int | None, timeout: floa
 
     Args:
         settings: with debug, the reader's log is shown too.
-        rootfs: an archive, or None for one that is made here.
+        rootfs: a directory or an archive, or None for one that is made here.
         size: of the archive to make; None packs the standard library.
         timeout: seconds for the launch.
 
@@ -79,15 +79,16 @@ def run(settings: Settings, rootfs: Path | None, size: int | None, timeout: floa
         tempfile.TemporaryDirectory(prefix="nitro_vsock-", dir=_folder()) as folder,
         _archive(rootfs, size, folder, socket.AF_UNIX if problem else socket.AF_VSOCK) as archive,
     ):
+        source = choose_rootfs(str(archive))
         writer = EnclaveArgsWriter(
-            Rootfs.from_file(archive), _ARGV[0], _ARGV, _ENVP, network_proxy=True, app_output=True
+            source, _ARGV[0], _ARGV, _ENVP, network_proxy=True, app_output=True
         )
         if problem is None:
             print_note("transport: AF_VSOCK, through loopback")
         else:
             print_note(f"transport: a Unix socket, since AF_VSOCK loopback is not here ({problem})")
         uds_path = None if problem is None else str(Path(folder, "v.sock"))
-        outcome = _launch(settings, writer, uds_path, timeout, archive)
+        outcome = _launch(settings, writer, uds_path, timeout)
     arrived = outcome.received["rootfs_sha256"]
     if outcome.sha256 != arrived:
         raise DemoError(f"the digests differ: {outcome.sha256} was sent, {arrived} arrived")
@@ -129,7 +130,6 @@ def _launch(
     writer: EnclaveArgsWriter,
     uds_path: str | None,
     timeout: float,
-    archive: Path,
 ) -> Outcome:
     # Random, so that demonstrations side by side do not meet; above the privileged ports.
     cid = 5000 + 5 * secrets.randbelow(1 << 28)
@@ -152,16 +152,21 @@ def _launch(
         received=received,
         memory=measured,
         # Not earlier: it would take processor time from the transfer.
-        sha256=_digest(archive),
+        sha256=_digest(writer.rootfs),
     )
 
 
-def _digest(path: Path) -> str:
+def _digest(rootfs: Rootfs) -> str:
     digest = hashlib.sha256()
-    buffer = memoryview(bytearray(_CHUNK))
-    with path.open("rb", buffering=0) as file:
-        while count := file.readinto(buffer):
-            digest.update(buffer[:count])
+    source = rootfs.open()
+    try:
+        for chunk in source.chunks():
+            digest.update(chunk)
+    except errors.SourceError as error:
+        error.stage = None  # the launch is over
+        raise
+    finally:
+        source.close()
     return digest.hexdigest()
 
 

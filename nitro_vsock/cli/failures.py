@@ -26,6 +26,7 @@ class ExitCode(IntEnum):
     PROTOCOL = 7
     ENCLAVE_DIED = 8
     UNSUPPORTED = 9
+    PREFLIGHT = 10
     INTERRUPTED = 130
     TERMINATED = 143
 
@@ -41,6 +42,7 @@ MEANING: Final = {
     ExitCode.PROTOCOL: "receive: the bytes break the protocol or a rule of the guest",
     ExitCode.ENCLAVE_DIED: "the enclave died",
     ExitCode.UNSUPPORTED: "this kernel has no AF_VSOCK",
+    ExitCode.PREFLIGHT: "check, send: the guest would fail on this launch; nothing was sent",
     ExitCode.INTERRUPTED: "interrupted (SIGINT, Ctrl-C)",
     ExitCode.TERMINATED: "terminated (SIGTERM)",
 }
@@ -48,6 +50,7 @@ MEANING: Final = {
 
 _CODES: Final[tuple[tuple[type[BaseException], ExitCode], ...]] = (
     (click.ClickException, ExitCode.USAGE),
+    (errors.PreflightError, ExitCode.PREFLIGHT),
     (errors.InvalidArgumentError, ExitCode.USAGE),
     (errors.VsockBindError, ExitCode.CONNECTION),
     (errors.VsockAcceptError, ExitCode.CONNECTION),

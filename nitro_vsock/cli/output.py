@@ -22,6 +22,7 @@ import click
 
 from nitro_vsock.cli import failures
 from nitro_vsock.cli.bench import Row
+from nitro_vsock.preflight import Finding
 from nitro_vsock.progress import Progress
 from nitro_vsock.reader import EnclaveArgs
 
@@ -102,6 +103,35 @@ def describe_args(args: EnclaveArgs) -> list[str]:
         f"rootfs       {args.rootfs_length:,} bytes",
         f"sha256       {args.rootfs_sha256}",
     ]
+
+
+def print_findings(settings: Settings, findings: Sequence[Finding], data: dict[str, Any]) -> None:
+    """Print what a check has found: as JSON, as a table on a terminal, else a line for each."""
+    total = f"{data['errors']:,} errors, {data['warnings']:,} warnings"
+    if settings.json or not sys.stdout.isatty() or not findings:
+        lines = [
+            f"{found.severity}: {found.code}: {_visible(found.subject)}: {_visible(found.reason)}; "
+            f"{found.remedy}"
+            for found in findings
+        ]
+        print_result(settings, data, [*lines, total])
+        return
+    # Here, because a log file needs none of it.
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("finding", "where", "why, and what to do", caption=total)
+    for found in findings:
+        what = Text(str(found.severity), "red" if found.severity == "error" else "yellow")
+        why = f"{_visible(found.reason)}\n{found.remedy}"
+        table.add_row(what.append(f"\n{found.code}"), *map(Text, (_visible(found.subject), why)))
+    Console().print(table)
+
+
+def _visible(text: str) -> str:
+    """Return text without what a terminal would act on: an archive's names may be anything."""
+    return text if text.isprintable() else repr(text)
 
 
 def describe_rows(rows: Sequence[Row]) -> list[str]:

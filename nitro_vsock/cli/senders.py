@@ -101,7 +101,12 @@ def _ours(address: str, archive: str, strategy: str) -> float:
     else:
         cid = int(address.rpartition(":")[2]) - protocol.VsockPortOffset.ARGS_READER
     report = writer.write_args(
-        cid, TIMEOUT, uds_path=uds_path, peer_cid=protocol.VMADDR_CID_ANY, strategy=strategy
+        cid,
+        TIMEOUT,
+        uds_path=uds_path,
+        peer_cid=protocol.VMADDR_CID_ANY,
+        strategy=strategy,
+        preflight=False,  # what is sent stands for an archive
     )
     return sum(report.seconds.values()) - report.seconds["accept"]
 

@@ -1,0 +1,122 @@
+"""Owns: the options that several commands share, and the launch that they describe.
+
+Must not know: what a command does with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from typing import Any, Final, TypeVar
+
+import click
+
+from nitro_vsock.cli import failures
+from nitro_vsock.cli.output import Settings
+from nitro_vsock.cli.params import parse_variable
+from nitro_vsock.cli.rootfs import choose_rootfs
+from nitro_vsock.writer import EnclaveArgsWriter
+
+EPILOG: Final = "\b\nExit codes:\n" + "\n".join(
+    f"  {code.value:>3}  {text}" for code, text in failures.MEANING.items()
+)
+
+_Command = TypeVar("_Command", bound=Callable[..., Any])
+
+
+def _set_json(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(Settings).json = True
+
+
+def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
+    if value:
+        context.ensure_object(Settings).debug = True
+        logging.getLogger("nitro_vsock").setLevel(logging.DEBUG)
+
+
+def global_options(command: _Command) -> _Command:
+    """Add the options that stand before or after the command's name."""
+    for name, callback, text in (
+        ("--json", _set_json, "Print one JSON object on stdout, also for an error."),
+        ("--debug", _set_debug, "Show tracebacks and the library's log."),
+    ):
+        command = click.option(
+            name, is_flag=True, expose_value=False, is_eager=True, callback=callback, help=text
+        )(command)
+    return command
+
+
+exclude_option = click.option(
+    "--exclude",
+    multiple=True,
+    metavar="GLOB",
+    help="Leave out of a directory, with all in it: '*.pyc' anywhere, 'usr/share/doc' from the "
+    "root; repeat it.",
+)
+
+LAUNCH_SETTINGS: Final = {"allow_interspersed_args": False}
+"""For a command with `launch_options`: the first word that is no option begins the guest's command
+line, whose options are its own."""
+
+
+def launch_options(command: _Command) -> _Command:
+    """Add what says what a launch hands over: rootfs, exclude, exec_path, env, argv."""
+    for option in (
+        click.option(
+            "--rootfs",
+            required=True,
+            metavar="DIR|TAR",
+            help="A directory that is to be /, or a plain tar, all under rootfs/.",
+        ),
+        exclude_option,
+        click.option(
+            "--exec-path", metavar="PATH", help="The program to measure.  [default: argv[0]]"
+        ),
+        click.option(
+            "--env",
+            type=parse_variable,
+            multiple=True,
+            required=True,
+            metavar="NAME=VALUE",
+            help="A variable for the program; repeat it. The last of a name counts.",
+        ),
+        click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED),
+    )[::-1]:
+        command = option(command)
+    return command
+
+
+def make_writer(
+    rootfs: str,
+    exclude: tuple[str, ...],
+    exec_path: str | None,
+    env: tuple[tuple[bytes, bytes], ...],
+    argv: tuple[str, ...],
+    *,
+    network_proxy: bool = False,
+    app_output: bool = False,
+) -> EnclaveArgsWriter:
+    """Return the writer of the launch that `launch_options` describe.
+
+    Args:
+        rootfs: a path.
+        exclude: globs.
+        exec_path: None stands for argv[0].
+        env: names and values.
+        argv: of the program.
+        network_proxy: a flag of the writer.
+        app_output: a flag of the writer.
+
+    Raises:
+        click.UsageError, NitroVsockError: as `choose_rootfs` and the writer do.
+    """
+    return EnclaveArgsWriter(
+        choose_rootfs(rootfs, exclude),
+        os.fsencode(exec_path or argv[0]),
+        list(map(os.fsencode, argv)),
+        dict(env),
+        network_proxy=network_proxy,
+        app_output=app_output,
+    )

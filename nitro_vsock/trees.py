@@ -1,0 +1,438 @@
+"""Owns: a directory as an archive: what of it is in, in which order, made while it is sent.
+
+Must not know: sockets, launches, how a header's bytes are laid out.
+
+The walk keeps what it saw of each name in compact arrays of the core. Sending goes through the tree
+once more, from directory to directory by descriptors, and compares each with what was seen.
+"""
+
+from __future__ import annotations
+
+import errno
+import fnmatch
+import logging
+import os
+import re
+import stat
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Final, Union
+
+from nitro_vsock import ustar
+from nitro_vsock._lib import CHANGED, SHORT, Gatherer, Gathering, Kind, Listing, Scanner, Seen, Stop
+from nitro_vsock.errors import (
+    InvalidArgumentError,
+    SourceChangedError,
+    SourceError,
+    SourceReadError,
+    SourceTruncatedError,
+    Stage,
+)
+from nitro_vsock.plan import Piece, Plan
+from nitro_vsock.transport import FilePayload
+
+logger = logging.getLogger("nitro_vsock")
+
+STAGE_BYTES: Final = 1 << 20
+"""Memory that headers and small files are gathered in, and the size of such a piece."""
+
+LARGE: Final = 256 << 10
+"""Bytes above which a file is sent from its own descriptor."""
+
+Path = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
+Exclude = Union[Iterable[str], Callable[[str], object]]
+Rule = Callable[[str], object]
+
+_TYPES: Final = {
+    stat.S_IFREG: tarfile.REGTYPE,
+    stat.S_IFLNK: tarfile.SYMTYPE,
+    stat.S_IFCHR: tarfile.CHRTYPE,
+    stat.S_IFBLK: tarfile.BLKTYPE,
+    stat.S_IFIFO: tarfile.FIFOTYPE,
+}
+_TEMPLATES: Final = b"".join(
+    map(
+        ustar.template,
+        (tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.GNUTYPE_LONGNAME),
+    )
+)
+"""In the order of `enum nv_template`."""
+
+_GONE: Final = {
+    errno.ENOENT: "is gone",
+    errno.ELOOP: "is a symbolic link now",
+    errno.ENOTDIR: "is no directory any more",
+    errno.EISDIR: "is a directory now",
+    errno.ENXIO: "is a socket or device now",
+    errno.EINVAL: "is no symbolic link any more",
+    CHANGED: "was changed or replaced",
+}
+"""What an errno value says of a name that was something else when the tree was walked."""
+
+
+def check_directory(path: Path) -> Path:
+    """Return the path of a directory that can be opened.
+
+    Raises:
+        InvalidArgumentError: it is none.
+        SourceReadError: it cannot be opened; errno says why.
+    """
+    os.close(_open_root(path))
+    return path
+
+
+def _open_root(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgumentError("rootfs", path, f"must be a path ({error})") from None
+    except NotADirectoryError:
+        raise InvalidArgumentError("rootfs", os.fsdecode(path), "must be a directory") from None
+    except OSError as error:
+        text = f"rootfs {os.fsdecode(path)!r} cannot be opened: {error.strerror}"
+        raise SourceReadError(text, errno=error.errno, stage=Stage.VALIDATE) from error
+
+
+def make_exclude(exclude: Exclude) -> Rule | None:
+    """Return one function of the relative path that says what to leave out; None for nothing.
+
+    Raises:
+        InvalidArgumentError: neither a function nor globs.
+    """
+    if callable(exclude):
+        return exclude
+    if isinstance(exclude, (str, bytes)) or not isinstance(exclude, Iterable):
+        raise InvalidArgumentError("exclude", exclude, "must be globs in a list, or a function")
+    anywhere: list[str] = []
+    anchored: list[str] = []
+    for glob in exclude:
+        bare = glob.strip("/") if isinstance(glob, str) else ""
+        if not bare:
+            raise InvalidArgumentError("exclude", glob, "must be a glob, as str and not empty")
+        whole = "/" in glob.rstrip("/")
+        (anchored if whole else anywhere).append(fnmatch.translate(bare))
+    if not anywhere and not anchored:
+        return None
+    # A pattern that is never matched stands in for none.
+    name, path = (re.compile("|".join(some) or r"(?!)") for some in (anywhere, anchored))
+    return lambda it: name.match(it.rpartition("/")[2]) or path.match(it)
+
+
+class _Directory:
+    """What the walk keeps of a directory.
+
+    `special` has the members the core does not make, by index; what of them is not in their entry:
+    the full name of the file that a hard link links to, or a symbolic link's target.
+    """
+
+    __slots__ = ("children", "listing", "special")
+
+    def __init__(self, listing: Listing) -> None:
+        self.listing = listing
+        self.special: dict[int, bytes] | None = None
+        self.children: list[_Directory] = []
+
+
+@dataclass
+class _Frame:
+    """A directory the walk is in."""
+
+    fd: int
+    prefix: bytes
+    directory: _Directory
+    looks: Iterator[int]
+
+
+@dataclass
+class _Sending:
+    """A directory that is being sent."""
+
+    fd: int
+    prefix: bytes
+    directory: _Directory
+    gathering: Gathering
+    children: Iterator[_Directory] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.children = iter(self.directory.children)
+
+
+class _Walk:
+    """Looks at every name of a tree and decides what becomes of it."""
+
+    def __init__(self, path: Path, rule: Rule | None) -> None:
+        self._path = os.fsencode(path)
+        self._rule = rule
+        self._scanner = Scanner(LARGE)
+        self._shared: dict[tuple[int, int], bytes] = {}
+        self._frames: list[_Frame] = []
+        self.sockets: list[str] = []
+        self.length = ustar.header_length(len(ustar.PREFIX))
+
+    def run(self, root_fd: int) -> _Directory:
+        """Walk the tree below a directory's descriptor, which stays the caller's."""
+        try:
+            root = self._enter(os.dup(root_fd), ustar.PREFIX)
+            while self._frames:
+                frame = self._frames[-1]
+                for index in frame.looks:
+                    if self._decide(frame, index):
+                        break
+                else:
+                    os.close(self._frames.pop().fd)
+        finally:
+            for frame in self._frames:
+                os.close(frame.fd)
+        return root
+
+    def _enter(self, fd: int, prefix: bytes) -> _Directory:
+        # The top has names to drop, and may have no others than plain files.
+        look_at_all = self._rule is not None or not self._frames
+        try:
+            listing = self._scanner.scan(fd, len(prefix), look_at_all=look_at_all)
+        except BaseException as error:
+            os.close(fd)
+            if isinstance(error, OSError):
+                raise self._unreadable(prefix + (error.filename or b""), error) from error
+            raise
+        directory = _Directory(listing)
+        self._frames.append(_Frame(fd, prefix, directory, iter(listing.look)))
+        self.length += listing.length
+        return directory
+
+    def _decide(self, frame: _Frame, index: int) -> bool:
+        """Decide about an entry; return True where it was a directory that was entered."""
+        listing = frame.directory.listing
+        seen = listing.seen(index)
+        full = frame.prefix + seen.name
+        if self._is_left_out(full, seen):
+            listing.decide(index, Kind.DROPPED)
+            return False
+        if seen.kind == Kind.DIRECTORY:
+            self.length += ustar.header_length(len(full) + 1)
+            try:
+                fd = listing.open(frame.fd, index)
+            except OSError as error:
+                raise self._unreadable(full, error) from error
+            frame.directory.children.append(self._enter(fd, full + b"/"))
+            return True
+        link = b""
+        if seen.kind == Kind.SHARED:
+            link = self._shared.setdefault((seen.dev, seen.ino), full)
+            if link is full:
+                listing.decide(index, Kind.LARGE if seen.size > LARGE else Kind.FILE)
+                link = b""
+            else:
+                self._keep(frame, index, link)
+        elif seen.kind == Kind.OTHER:
+            if stat.S_ISLNK(seen.mode):
+                try:
+                    link = os.readlink(seen.name, dir_fd=frame.fd)
+                except OSError as error:
+                    raise self._unreadable(full, error) from error
+            self._keep(frame, index, link)
+        self.length += ustar.header_length(len(full), len(link))
+        if stat.S_ISREG(seen.mode) and not link:
+            self.length += seen.size + ustar.padding(seen.size)
+        return False
+
+    def _keep(self, frame: _Frame, index: int, link: bytes) -> None:
+        frame.directory.listing.decide(index, Kind.OTHER)
+        special = frame.directory.special
+        if special is None:
+            special = frame.directory.special = {}
+        special[index] = link
+
+    def _is_left_out(self, full: bytes, seen: Seen) -> bool:
+        if len(self._frames) == 1 and seen.name in ustar.DROPPED_TOP:
+            return True
+        relative = full[len(ustar.PREFIX) :]
+        if self._rule is not None and self._rule(os.fsdecode(relative)):
+            return True
+        if stat.S_ISSOCK(seen.mode):
+            path = self._name(full)
+            logger.warning("%r is a socket, which an archive cannot hold: left out", path)
+            self.sockets.append(path)
+            return True
+        return False
+
+    def _name(self, full: bytes) -> str:
+        return _name(self._path, full)
+
+    def _unreadable(self, full: bytes, error: OSError) -> SourceReadError:
+        path = self._name(full)
+        why = _GONE[CHANGED] if error.errno == CHANGED else f"cannot be read: {error.strerror}"
+        return SourceReadError(f"{path!r} {why}", errno=error.errno, stage=Stage.VALIDATE)
+
+
+class TreePlan(Plan):
+    """The archive of a directory. It holds the directory's descriptor until it is closed."""
+
+    def __init__(self, path: Path, root_fd: int, walk: _Walk, root: _Directory) -> None:
+        """For `of`."""
+        self._path = os.fsencode(path)
+        self._root = root
+        self._mode = os.fstat(root_fd).st_mode
+        self._held = [root_fd]
+        self._gatherer = Gatherer(_TEMPLATES, STAGE_BYTES)
+        self.left_out = tuple(walk.sockets)
+        self._end = ustar.end_of_archive(walk.length)
+        self.length = walk.length + self._end
+
+    @classmethod
+    def of(cls, path: Path, rule: Rule | None = None) -> TreePlan:
+        """Walk a directory.
+
+        Args:
+            path: of the directory.
+            rule: takes a path relative to it, returns true for what to leave out.
+
+        Raises:
+            InvalidArgumentError: not a directory.
+            SourceReadError: something in it cannot be read; the message names it, errno says why.
+        """
+        root_fd = _open_root(path)
+        try:
+            walk = _Walk(path, rule)
+            return cls(path, root_fd, walk, walk.run(root_fd))
+        except BaseException:
+            os.close(root_fd)
+            raise
+
+    def close(self) -> None:
+        """Close every descriptor the plan holds; any number of times."""
+        while self._held:
+            os.close(self._held.pop())
+
+    def pieces(self) -> Iterator[Piece]:
+        """Make the archive, see `Plan.pieces`."""
+        made = 0
+        for piece in self._pieces():
+            made += piece.nbytes if isinstance(piece, memoryview) else piece.length
+            yield piece
+        if made != self.length:
+            raise AssertionError(f"{made} bytes were made of {self.length} that were planned")
+
+    def _pieces(self) -> Iterator[Piece]:
+        gatherer = self._gatherer
+        root = tarfile.TarInfo(ustar.PREFIX.decode())
+        root.type, root.mode = tarfile.DIRTYPE, self._mode
+        self._put(ustar.header(root))
+        stack = [self._sending(self._held[0], ustar.PREFIX, self._root)]
+        while stack:
+            top = stack[-1]
+            stop = self._gather(top)
+            if stop is Stop.END:
+                stack.pop()
+                if stack:
+                    os.close(self._held.pop())
+            elif stop is Stop.OTHER:
+                yield from self._special(top)
+            elif stop is Stop.OPENED:
+                fd, index = top.gathering.opened, top.gathering.next - 1
+                self._held.append(fd)
+                seen = top.directory.listing.seen(index)
+                full = top.prefix + seen.name
+                if seen.kind == Kind.DIRECTORY:
+                    stack.append(self._sending(fd, full + b"/", next(top.children)))
+                else:
+                    yield from self._large(top, index, full)
+            elif gatherer.used:
+                yield self._flush()
+        yield from self._zeros(self._end)
+        yield self._flush()
+
+    def _sending(self, fd: int, prefix: bytes, directory: _Directory) -> _Sending:
+        return _Sending(fd, prefix, directory, self._gatherer.enter(fd, directory.listing, prefix))
+
+    def _gather(self, top: _Sending) -> Stop:
+        try:
+            return self._gatherer.gather(top.gathering)
+        except OSError as error:
+            seen = top.directory.listing.seen(top.gathering.next)
+            raise self._changed(top.prefix + seen.name, error) from None
+
+    def _special(self, top: _Sending) -> Iterator[Piece]:
+        """Make a member the core does not make, the next of its directory."""
+        index, listing = top.gathering.next, top.directory.listing
+        seen = listing.seen(index)
+        full = top.prefix + seen.name
+        assert top.directory.special is not None  # noqa: S101 - the walk has kept it
+        link = top.directory.special[index]
+        member = _describe(full, seen, link)
+        try:
+            if member.isreg():
+                self._held.append(listing.open(top.fd, index))
+            else:
+                listing.check(top.fd, index)
+        except OSError as error:
+            raise self._changed(full, error) from None
+        blocks = ustar.header(member)
+        if self._gatherer.used + len(blocks) > STAGE_BYTES:
+            yield self._flush()
+        self._put(blocks)
+        top.gathering.skip()
+        if member.isreg():
+            yield from self._large(top, index, full)
+
+    def _large(self, top: _Sending, index: int, full: bytes) -> Iterator[Piece]:
+        """Give a file whose header is in memory, and whose descriptor was held last."""
+        fd = self._held[-1]
+        seen = top.directory.listing.seen(index)
+        yield self._flush()
+        self.where = self._name(full)
+        yield FilePayload(fd, 0, seen.size, seen.mode, seekable=True)
+        self.where = ""
+        try:
+            top.directory.listing.check_open(fd, index)
+        except OSError as error:
+            raise self._changed(full, error) from None
+        os.close(self._held.pop())
+        yield from self._zeros(ustar.padding(seen.size))
+
+    def _put(self, data: bytes) -> None:
+        gatherer = self._gatherer
+        gatherer.memory[gatherer.used : gatherer.used + len(data)] = data
+        gatherer.used += len(data)
+
+    def _zeros(self, count: int) -> Iterator[Piece]:
+        if self._gatherer.used + count > STAGE_BYTES:
+            yield self._flush()
+        self._put(bytes(count))
+
+    def _flush(self) -> memoryview:
+        gatherer = self._gatherer
+        piece, gatherer.used = gatherer.memory[: gatherer.used], 0
+        return piece
+
+    def _name(self, full: bytes) -> str:
+        return _name(self._path, full)
+
+    def _changed(self, full: bytes, error: OSError) -> SourceError:
+        name, code = repr(self._name(full)), error.errno or 0
+        since = "since the tree was walked for this launch"
+        if code == SHORT:
+            return SourceTruncatedError(f"{name} has shrunk {since}", stage=Stage.ROOTFS)
+        if code in _GONE:
+            return SourceChangedError(f"{name} {_GONE[code]} {since}", stage=Stage.ROOTFS)
+        text = f"{name} cannot be read: {error.strerror}"
+        return SourceReadError(text, errno=code, stage=Stage.ROOTFS)
+
+
+def _name(root: bytes, full: bytes) -> str:
+    """Return the path of a member in its directory."""
+    return os.fsdecode(root.rstrip(b"/") + full[len(ustar.PREFIX) - 1 :])
+
+
+def _describe(full: bytes, seen: Seen, link: bytes) -> tarfile.TarInfo:
+    member = tarfile.TarInfo(full.decode("utf-8", "surrogateescape"))
+    member.mode, member.linkname = seen.mode, link.decode("utf-8", "surrogateescape")
+    member.type = _TYPES[stat.S_IFMT(seen.mode)]
+    if member.isreg():
+        if link:
+            member.type = tarfile.LNKTYPE
+        else:
+            member.size = seen.size
+    member.devmajor, member.devminor = os.major(seen.rdev), os.minor(seen.rdev)
+    return member
