@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import subprocess
+import tarfile
 import zlib
 from pathlib import Path
 
@@ -107,16 +108,23 @@ def small_tar(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def big_rootfs(tmp_path_factory):
-    """1 GiB in which no two MiB are alike: (path, CRC-32, size)."""
+    """A tar of 1 GiB in which no two MiB are alike: (path, CRC-32, size)."""
     path = tmp_path_factory.mktemp("rootfs") / "big"
+    size = 1024 * MIB
+    header = tarfile.TarInfo("rootfs/big")
+    header.size = size - 3 * tarfile.BLOCKSIZE  # itself, and the end of the archive
     block = bytearray(os.urandom(MIB))
     crc = 0
     with path.open("wb") as file:
-        for number in range(1024):
+        for number in range(size // MIB):
             block[:8] = number.to_bytes(8, "big")
+            if number == 0:
+                block[: tarfile.BLOCKSIZE] = header.tobuf(tarfile.GNU_FORMAT)
+            if number == size // MIB - 1:
+                block[-2 * tarfile.BLOCKSIZE :] = bytes(2 * tarfile.BLOCKSIZE)
             crc = zlib.crc32(block, crc)
             file.write(block)
-    yield path, crc, 1024 * MIB
+    yield path, crc, size
     path.unlink()
 
 
