@@ -200,6 +200,49 @@ def memory(found):
     )
 
 
+def raced(found, name, key):
+    """Return the entrants of a race of root file systems, or None where it was not run."""
+    info = found["benchmarks"].get(name)
+    if info is None:
+        return None
+    rows = [
+        [
+            entrant,
+            f"{of['seconds']:.2f}",
+            f"{of['mib_per_second'] / 1024:.2f}",
+            f"{of['ours_over_theirs']:.2f}",
+            f"{of['cpu_per_gib']:.2f}",
+            f"{of['peak'] / MIB:,.1f}",
+        ]
+        for entrant, of in info["entrants"].items()
+    ]
+    title = f"{key}, {size_name(info['size'])}"
+    return table([title, "s", "GiB/s", "we are", "CPU s/GiB", "peak MiB"], rows)
+
+
+def rootfs(found):
+    """Return directories, foreign tars and PCR16; what was not run is left out."""
+    races = {
+        "tree_to_a_draining_reader": "a tree",
+        "one_large_file_in_a_directory": "one file in a directory",
+        "foreign_tar_of_large_members": "foreign tar, large members",
+        "foreign_tar_of_small_members": "foreign tar of the tree",
+    }
+    parts = [raced(found, name, key) for name, key in races.items()]
+    peaks = found["benchmarks"].get("peak_memory_by_size_of_files")
+    if peaks:
+        of = peaks["peak_by_size_of_files"]
+        sizes = [f"{int(size) / MIB:,.0f} MiB" for size in of]
+        values = [f"{peak / MIB:.2f}" for peak in of.values()]
+        parts.append(table([f"{peaks['files']:,} files of", *sizes], [["our peak, MiB", *values]]))
+    pcr = found["benchmarks"].get("pcr16_against_a_bare_loop")
+    if pcr:
+        of = pcr["pcr16"]
+        rows = [[name, f"{rate:.0f}"] for name, rate in of["mib_per_second"].items()]
+        parts.append(table([f"PCR16, {size_name(of['size'])}", "MiB/s"], rows))
+    return "\n\n".join(part for part in parts if part)
+
+
 def draw(found, docs):
     """Draw throughput and peak memory by size."""
     import matplotlib as mpl
@@ -246,6 +289,7 @@ def write(found, docs):
         latency=latency(found),
         small=small_things(found),
         memory=memory(found),
+        rootfs=rootfs(found),
     )
     (docs / "performance.md").write_text(text)
     print(figures)

@@ -77,8 +77,9 @@ static uint16_t kind_of(const struct stat *st, uint64_t large) {
 }
 
 /* Opening is the only honest answer to whether a file can be read: an access control list may deny
- * what the mode allows, or allow what it denies. For root, which lists do not stop, a mode that lets
- * everybody read is enough: opening each file of a large tree twice would cost more than it shows. */
+ * what the mode allows, or allow what it denies. For root, which lists do not stop, a mode that
+ * lets everybody read is enough: opening each file of a large tree twice would cost more than it
+ * shows. */
 static int check_readable(const struct nv_scan *s, const char *name, const struct stat *st) {
     int fd;
 

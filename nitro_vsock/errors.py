@@ -102,7 +102,10 @@ class InvalidArgumentError(NitroVsockError, ValueError):
         field: which argument.
         value: what it was.
         limit: what it may be, in words.
+        code: of the preflight's finding that says the same, or None.
     """
+
+    code: str | None = None
 
     def __init__(self, field: str, value: object, limit: str) -> None:
         try:

@@ -370,8 +370,12 @@ class _Survey:
         try:
             source = rootfs.open()
         except (InvalidArgumentError, SourceError) as error:
-            code = "bad-header" if isinstance(error, ArchiveError) else "unreadable"
-            self.findings.add("rootfs", Flaw(code, str(error)))
+            code, text = "unreadable", str(error)
+            if isinstance(error, ArchiveError):
+                code = "bad-header"
+            elif isinstance(error, InvalidArgumentError) and error.code:
+                code, text = error.code, f"{rootfs.name} {error.limit}"
+            self.findings.add("rootfs", Flaw(code, text))
             return
         try:
             self.length = source.length

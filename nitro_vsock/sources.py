@@ -474,6 +474,8 @@ def _refuse_compressed(source: OpenRootfs, head: bytes) -> None:
     found = compression(head)
     if found is not None:
         kind, command = found
-        raise InvalidArgumentError(
+        error = InvalidArgumentError(
             "rootfs", source.name, f"must be a plain tar, this is {kind}: run `{command}` first"
         )
+        error.code = "compressed"
+        raise error

@@ -89,7 +89,7 @@ def test_guest_that_stops(uds, guest_path, stage, strategy):
 
 def test_guest_that_stops_reading_memory(uds, guest_path):
     """The same where the root file system is in memory."""
-    data = make_tar(8 << 20)
+    data = make_tar(16 << 20)  # twice the largest send buffer: it cannot all be taken
     writer = EnclaveArgsWriter(Rootfs.from_bytes(data), "/bin/app", ["/bin/app"], ["A=1"])
     with writer.listen(CID, uds_path=uds) as launch, RawGuest(guest_path, 1 << 20) as guest:
         with times_out(StreamTimeoutError, stage="rootfs") as caught:

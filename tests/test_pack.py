@@ -5,13 +5,14 @@ import json
 import os
 import pty
 import resource
+import signal
 import subprocess
 import tarfile
 
 import pytest
 import trees
 from conftest import CID
-from peer import Guest
+from peer import Guest, wait_until
 from test_cli import COMMAND, ENVIRONMENT, assert_failed, await_line, run, started
 from trees import build, file, link, symlink
 
@@ -115,6 +116,55 @@ def test_failed_pack_leaves_what_was_there(tree, tmp_path):
     assert (out / "app.tar").read_bytes() == b"before"
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_killed_pack_leaves_nothing_that_looks_whole(tree, tmp_path, number):
+    """What was there keeps its name; what is half-made has another one, or is gone."""
+    os.truncate(f"{tree}/lib/libbig.so", 16 << 30)
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "app.tar").write_bytes(b"before")
+    with started("pack", tree, "-o", str(out / "app.tar")) as packer:
+        wait_until(lambda: sum(entry.stat().st_size for entry in os.scandir(out)) > 1 << 20)
+        packer.send_signal(number)
+        assert packer.wait(30) == (-number if number == signal.SIGKILL else 128 + number)
+    assert (out / "app.tar").read_bytes() == b"before"
+    left = [name for name in os.listdir(out) if name != "app.tar"]
+    assert all(name.startswith(".app.tar.") for name in left)
+    assert len(left) == (number == signal.SIGKILL)
+
+
+MOUNT = """
+mount -t tmpfs none "$1/mnt" && echo mounted >"$1/mnt/file" && mkdir "$1/mnt/deep" &&
+mount --bind /etc/passwd "$1/passwd" || exit 77
+shift && exec "$@"
+"""
+
+
+def test_what_is_mounted_in_the_tree_is_part_of_it(tmp_path):
+    """A file system on a directory and a file on a file, in a mount namespace of its own."""
+    items = {b"mnt/hidden": file(), b"passwd": file(b"hidden"), b"z": file()}
+    path = build(tmp_path / "tree", items)
+    out = tmp_path / "out.tar"
+    command = [*COMMAND, "pack", path, "-o", str(out)]
+    done = subprocess.run(
+        ["unshare", "--mount", "sh", "-c", MOUNT, "sh", path, *command],
+        capture_output=True,
+        text=True,
+        env=ENVIRONMENT,
+        check=False,
+    )
+    if done.returncode in (1, 77) and not out.exists():
+        pytest.skip(f"mounting is for root: mount points were NOT tested ({done.stderr.strip()})")
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(out) as tar:
+        assert [name.removeprefix("rootfs") for name in tar.getnames()] == [
+            *("", "/mnt", "/mnt/deep", "/mnt/file", "/passwd", "/z")
+        ]
+        assert tar.extractfile("rootfs/mnt/file").read() == b"mounted\n"
+        with open("/etc/passwd", "rb") as passwd:
+            assert tar.extractfile("rootfs/passwd").read() == passwd.read()
+
+
 def test_file_that_changes_while_it_is_packed_exits_6(tree):
     """It is named; no enclave is spoken of, since there is none."""
     os.truncate(f"{tree}/lib/libbig.so", 64 << 20)
@@ -156,6 +206,16 @@ def test_demo_sends_a_directory(tree):
     said = json.loads(done.stdout)
     assert said["sha256"] == hashlib.sha256(trees.model(tree)).hexdigest()
     assert said["received"]["rootfs_sha256"] == said["sha256"]
+
+
+def test_demo_sends_a_tree_without_a_program(tmp_path):
+    """No enclave would boot from it, as `check` says; what is shown is how it gets there."""
+    path = build(tmp_path / "tree", {b"share/file": file(b"data")})
+    program = ["--env", "A=1", "--", "/usr/bin/python3"]
+    assert run("check", "--rootfs", path, *program).returncode == 10
+    done = run("--json", "demo", "--rootfs", path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["digests_agree"]
 
 
 def test_relative_path_that_looks_like_an_option_is_packed(tree, tmp_path):

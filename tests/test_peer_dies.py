@@ -78,7 +78,8 @@ def test_guest_dies_in_the_handshake(writer, uds, guest_path, speaks):
 
 
 @pytest.mark.parametrize("how", HOWS)
-@pytest.mark.parametrize("size", [0, 1, 9, ARGUMENT_BYTES // 3])
+# No more: the socket holds some 216 KiB, so the host cannot be done with the arguments meanwhile.
+@pytest.mark.parametrize("size", [0, 1, 9, 10_000])
 def test_guest_dies_in_the_arguments(uds, guest_path, size, how):
     """The stage is arguments, and at least what the guest had read was sent."""
     with long_launch(CID, uds) as launch:

@@ -673,6 +673,44 @@ def test_send_refuses_and_can_be_told_not_to(tmp_path, uds):
     assert run("send", "--no-preflight", *launch, "/app").returncode == 4
 
 
+def test_send_lists_every_finding_as_json(tmp_path, uds):
+    """The line names the first error only."""
+    import json
+
+    path = tmp_path / "rootfs.tar"
+    path.write_bytes(b"no tar" * 200)
+    where = ["--cid", CID, "--uds-path", uds, "--rootfs", path, "--env", "A=1"]
+    done = run("--json", "send", *where, "--", "app")
+    assert done.returncode == 10, done.stderr
+    error = json.loads(done.stdout)["error"]
+    writer = EnclaveArgsWriter(Rootfs.from_file(path), "app", ["app"], ["A=1"])
+    assert error["class"] == "PreflightError"
+    assert error["findings"] == [finding.as_dict() for finding in writer.preflight()]
+    assert [finding["code"] for finding in error["findings"]] == ["path-not-first", "not-a-tar"]
+
+
+@pytest.mark.parametrize(
+    ("content", "code"),
+    [
+        (gzip.compress(make_tar(1000)), "compressed"),
+        (tar_of("app", data=STATIC)[:520], "bad-header"),
+        (tar_of("a/../app", data=STATIC), "bad-header"),
+    ],
+    ids=["compressed", "cut short", "outside"],
+)
+def test_check_tells_all_of_an_archive_that_nothing_can_be_made_of(tmp_path, content, code):
+    """Compressed, or a foreign tar that is broken: beside what is wrong with the strings."""
+    import json
+
+    path = tmp_path / "rootfs.tar"
+    path.write_bytes(content)
+    done = run("--json", "check", "--rootfs", path, "--env", "A=1", "--", "app")
+    assert done.returncode == 10, done.stderr
+    found = json.loads(done.stdout)["findings"]
+    assert [finding["code"] for finding in found] == ["path-not-first", code]
+    assert str(path) in found[1]["reason"]
+
+
 # Documentation
 
 

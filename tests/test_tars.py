@@ -812,6 +812,12 @@ def overwrite(path):
         file.write(b"X")
 
 
+def replace(path):
+    """Overwrite all of it in place: at no moment is it any shorter."""
+    with open(path, "r+b") as file:
+        file.write(b"x" * path.stat().st_size)
+
+
 def change_member(path, *fields, **more):
     """Change the header of the last member, and hide it."""
     with open(path, "r+b") as file:
@@ -835,7 +841,7 @@ CHANGES = {
     "overwritten": overwrite,
     "truncated": lambda path: os.truncate(path, 1 << 20),
     "longer": lambda path: os.truncate(path, path.stat().st_size + 1),
-    "replaced by garbage": lambda path: path.write_bytes(b"x" * path.stat().st_size),
+    "replaced by garbage": replace,
 }
 
 

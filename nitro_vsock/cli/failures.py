@@ -141,4 +141,6 @@ def as_object(error: BaseException) -> dict[str, Any]:
     }
     if isinstance(error, DemoError):
         details |= error.details
+    if isinstance(error, errors.PreflightError):
+        details["findings"] = [finding.as_dict() for finding in error.findings]
     return {"error": details}

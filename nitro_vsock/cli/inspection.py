@@ -21,6 +21,7 @@ from nitro_vsock.cli.options import (
 )
 from nitro_vsock.cli.output import Settings
 from nitro_vsock.cli.params import parse_size
+from nitro_vsock.cli.rootfs import choose_rootfs_to_check
 from nitro_vsock.measure import measure as measure_launch
 from nitro_vsock.preflight import Severity
 
@@ -44,7 +45,7 @@ def check(context: click.Context, /, memory: int | None, strict: bool, **launch:
 
     Takes the options of `send` that say what is sent. Exits with 10 where there is an error.
     """
-    findings = make_writer(**launch).preflight(memory)
+    findings = make_writer(**launch, choose=choose_rootfs_to_check).preflight(memory)
     errors = sum(finding.severity is Severity.ERROR for finding in findings)
     warnings = len(findings) - errors
     failed = bool(errors or (strict and warnings))

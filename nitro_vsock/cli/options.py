@@ -16,6 +16,7 @@ from nitro_vsock.cli import failures
 from nitro_vsock.cli.output import Settings
 from nitro_vsock.cli.params import parse_variable
 from nitro_vsock.cli.rootfs import choose_rootfs
+from nitro_vsock.sources import Rootfs
 from nitro_vsock.writer import EnclaveArgsWriter
 
 EPILOG: Final = "\b\nExit codes:\n" + "\n".join(
@@ -97,6 +98,7 @@ def make_writer(
     *,
     network_proxy: bool = False,
     app_output: bool = False,
+    choose: Callable[[str, tuple[str, ...]], Rootfs] = choose_rootfs,
 ) -> EnclaveArgsWriter:
     """Return the writer of the launch that `launch_options` describe.
 
@@ -108,12 +110,13 @@ def make_writer(
         argv: of the program.
         network_proxy: a flag of the writer.
         app_output: a flag of the writer.
+        choose: makes a source of the path and the globs.
 
     Raises:
-        click.UsageError, NitroVsockError: as `choose_rootfs` and the writer do.
+        click.UsageError, NitroVsockError: as `choose` and the writer do.
     """
     return EnclaveArgsWriter(
-        choose_rootfs(rootfs, exclude),
+        choose(rootfs, exclude),
         os.fsencode(exec_path or argv[0]),
         list(map(os.fsencode, argv)),
         dict(env),

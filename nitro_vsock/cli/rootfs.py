@@ -10,9 +10,10 @@ from pathlib import Path
 
 import click
 
+from nitro_vsock.errors import ArchiveError, InvalidArgumentError
 from nitro_vsock.members import BrokenTarError, Member, MemberReader
 from nitro_vsock.protocol import ROOTFS_PREFIX
-from nitro_vsock.sources import Rootfs
+from nitro_vsock.sources import OpenRootfs, Rootfs
 
 
 def choose_rootfs(path: str, exclude: tuple[str, ...] = ()) -> Rootfs:
@@ -34,6 +35,25 @@ def choose_rootfs(path: str, exclude: tuple[str, ...] = ()) -> Rootfs:
         raise click.UsageError(f"--exclude is for directories, and {path!r} is none")
     ready = Rootfs.from_file(path)
     return ready if _is_under_rootfs(ready) else Rootfs.from_tar(path)
+
+
+def choose_rootfs_to_check(path: str, exclude: tuple[str, ...] = ()) -> Rootfs:
+    """Return the same; of an archive that nothing can be made of, one that fails when opened.
+
+    So that a check tells it together with everything else. A path that is no archive at all is
+    wrong usage here too.
+    """
+    try:
+        return choose_rootfs(path, exclude)
+    except (InvalidArgumentError, ArchiveError) as error:
+        if isinstance(error, InvalidArgumentError) and not error.code:
+            raise
+        failure = error
+
+    def opener() -> OpenRootfs:
+        raise failure
+
+    return Rootfs(opener, path)
 
 
 def _is_under_rootfs(rootfs: Rootfs) -> bool:

@@ -44,6 +44,8 @@ ARGV: Final = (b"/usr/bin/app", b"--listen", b"a name with spaces")
 ENVP: Final = (b"PATH=/usr/bin:/bin", b"MODE=bench")
 
 READER: Final = "reader"
+FOREIGN: Final = "foreign:"
+"""In front of the path of a tar that another tool wrote, for us."""
 SOCAT: Final = "socat"
 
 TIMEOUT: Final = 600.0
@@ -86,9 +88,15 @@ def unix_base(address: str) -> tuple[str, int]:
     return base, int(port) - protocol.VsockPortOffset.ARGS_READER
 
 
+def _rootfs(what: str) -> Rootfs:
+    if what.startswith(FOREIGN):
+        return Rootfs.from_tar(what.removeprefix(FOREIGN))
+    return Rootfs.from_directory(what) if Path(what).is_dir() else Rootfs.from_file(what)
+
+
 def _ours(address: str, archive: str, strategy: str) -> float:
     writer = EnclaveArgsWriter(
-        Rootfs.from_file(archive),
+        _rootfs(archive),
         EXEC_PATH,
         list(ARGV),
         list(ENVP),
@@ -185,7 +193,8 @@ def main(name: str, address: str, what: str) -> None:
     Args:
         name: who to be.
         address: where to listen, or to connect.
-        what: the archive's path; for the reader, the bytes to expect after the ready byte.
+        what: the archive's path, for us a directory's too; for the reader, the bytes to expect
+            after the ready byte.
     """
     if name != READER:
         print("ready", flush=True)
