@@ -21,6 +21,7 @@
 #define NV_E_STAGE EXFULL        /* nv_source.stage is needed after all; set it and call again */
 
 #define NV_CID_ANY 0xffffffffu /* nv_gate.want_cid: admit any peer */
+#define NV_GUARDS 2            /* entries of a poll that waiting keeps for itself */
 #define NV_GATE_PENDING 64     /* connections a gate keeps waiting for their ready byte */
 
 /* When a call must give up. Times are absolute CLOCK_MONOTONIC nanoseconds. tick_ns bounds how long
@@ -99,6 +100,35 @@ struct nv_xfer {
     uint64_t done;       /* bytes the socket took */
     uint64_t calls;      /* system calls that moved bytes or tried to */
     int32_t from_source; /* 1: the error returned is the source's, not the socket's */
+};
+
+/* How a flow stands. */
+enum nv_flow_state {
+    NV_FLOW_OPEN = 0,
+    NV_FLOW_ENDED = 1, /* from has ended, everything is delivered, to is shut down for writing */
+    NV_FLOW_FROM_FAILED = 2,
+    NV_FLOW_TO_FAILED = 3
+};
+
+/* Bytes on their way from one non-blocking socket to another, in order and unchanged. The caller
+ * gives from, to, buf and, where the sockets may be spliced, a pipe that nobody else uses; -1 where
+ * not. The rest starts as 0. What was taken from one socket and did not fit the other stays in buf
+ * or in the pipe. */
+struct nv_flow {
+    int32_t from;
+    int32_t to;
+    int32_t pipe_in;  /* end that is written to; set to -1 when the kernel refuses to splice */
+    int32_t pipe_out; /* end that is read from */
+    uint8_t *buf;
+    uint64_t size;
+    uint64_t pos;
+    uint64_t end;
+    uint64_t piped; /* bytes in the pipe */
+    uint64_t moved; /* bytes the other socket took */
+    uint64_t calls;
+    int32_t bulk;  /* 1: as much as the buffer holds came at once; splice */
+    int32_t state; /* enum nv_flow_state */
+    int32_t error; /* positive errno value of a failed flow */
 };
 
 /* What becomes of a name in a directory. */
@@ -239,6 +269,16 @@ int nv_send_from(int fd, struct nv_source *s, const struct nv_wait *w, struct nv
  * Returns 0. */
 int nv_recv(int fd, uint8_t *buf, uint64_t length, const struct nv_wait *w, uint64_t *got);
 
+/* nv_relay.c */
+
+/* Keep flows flowing until there is something to do for the caller. fds has room for NV_GUARDS +
+ * nwatch + nflows entries; the caller fills in those from NV_GUARDS on, nwatch of them. Raises no
+ * SIGPIPE and leaves the signal mask as it was. Returns 0 when a watched entry has an event or a
+ * flow is not open any more, or what nv_wait_any returns. Without an event it makes no system
+ * call. */
+int nv_relay(struct nv_flow *const *flows, uint32_t nflows, struct pollfd *fds, uint32_t nwatch,
+             const struct nv_wait *w);
+
 /* nv_tree.c */
 
 /* Read a directory, look at every name in it, and sort by full name, a directory's with its slash.
@@ -260,8 +300,6 @@ int nv_open_entry(int dir_fd, const char *name, const struct nv_entry *e);
 int nv_unchanged(int dir_fd, const char *name, const struct nv_entry *e);
 
 /* nv_wait.c: for the other files of this folder only */
-
-#define NV_GUARDS 2 /* entries nv_wait_any keeps for itself */
 
 /* Wait until one of fds[NV_GUARDS..count) has an event; the first NV_GUARDS entries are filled in
  * here. Returns 0 with revents set, or -NV_E_CANCELLED, -NV_E_DIED, -NV_E_DEADLINE, -NV_E_TICK in

@@ -1,6 +1,7 @@
 /* Owns: moving bytes through a connected socket by the chosen way, and exact progress.
  * Must not know: frames, addresses, who chose the way. */
 #include "nv_core.h"
+#include "nv_sigpipe.h"
 #include "nv_sys.h"
 
 /* Upper bound of one system call. It bounds the time away from deadline and cancel, also on a
@@ -236,45 +237,9 @@ static int64_t step(int fd, struct nv_source *s, const struct nv_wait *w, struct
     }
 }
 
-/* sendfile and splice cannot be told MSG_NOSIGNAL. Block SIGPIPE for this thread meanwhile and eat
- * the one a broken pipe raised, unless one was pending before: that one is not ours. */
-struct sigpipe_guard {
-    sigset_t old;
-    int was_pending;
-};
-
-static void sigpipe_set(sigset_t *set) {
-    sigemptyset(set);
-    sigaddset(set, SIGPIPE);
-}
-
-static int sigpipe_block(struct sigpipe_guard *g) {
-    sigset_t set;
-    int ret = nv_sys_sigpending(&set);
-
-    if (ret < 0)
-        return ret;
-    g->was_pending = sigismember(&set, SIGPIPE) == 1;
-    sigpipe_set(&set);
-    return nv_sys_sigmask(SIG_BLOCK, &set, &g->old);
-}
-
-/* A call that moved bytes before the pipe broke raises the signal and returns the count, so no
- * return value says that there is none. */
-static void sigpipe_restore(const struct sigpipe_guard *g) {
-    const struct timespec no_time = {0, 0};
-    sigset_t set;
-
-    sigpipe_set(&set);
-    if (!g->was_pending)
-        while (nv_sys_sigtimedwait(&set, &no_time) == -EINTR)
-            continue;
-    (void)nv_sys_sigmask(SIG_SETMASK, &g->old, NULL);
-}
-
 int nv_send_from(int fd, struct nv_source *s, const struct nv_wait *w, struct nv_xfer *x) {
-    struct sigpipe_guard guard;
-    int64_t ret = sigpipe_block(&guard);
+    struct nv_sigpipe_guard guard;
+    int64_t ret = nv_sigpipe_block(&guard);
 
     if (ret < 0)
         return (int)ret;
@@ -284,6 +249,6 @@ int nv_send_from(int fd, struct nv_source *s, const struct nv_wait *w, struct nv
         if (ret == 0)
             ret = step(fd, s, w, x);
     }
-    sigpipe_restore(&guard);
+    nv_sigpipe_restore(&guard);
     return ret < 0 ? (int)ret : 0;
 }

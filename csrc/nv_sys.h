@@ -6,6 +6,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <poll.h>
+#include <sched.h>
 #include <signal.h>
 #include <stddef.h>
 #include <stdint.h>
@@ -60,6 +61,15 @@ static inline int nv_sys_getfl(int fd) {
 static inline int nv_sys_setfl(int fd, int flags) {
     int ret = fcntl(fd, F_SETFL, flags);
     return ret < 0 ? -errno : ret;
+}
+
+static inline int nv_sys_shutdown(int fd, int how) {
+    int ret = shutdown(fd, how);
+    return ret < 0 ? -errno : ret;
+}
+
+static inline void nv_sys_yield(void) {
+    (void)sched_yield();
 }
 
 static inline int nv_sys_unlink(const char *path) {

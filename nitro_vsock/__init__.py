@@ -10,6 +10,14 @@ from importlib import import_module
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nitro_vsock.deadline import DEFAULT_TIMEOUT, PollTimeout, poll_timeout
+    from nitro_vsock.devices import (
+        Console,
+        NetProxy,
+        OutputProxy,
+        ReturnCode,
+        SignalHandler,
+        WaitStatus,
+    )
     from nitro_vsock.errors import (
         ERRNO_TABLE,
         ArchiveError,
@@ -32,7 +40,10 @@ if TYPE_CHECKING:
         PollNoEventsError,
         PreflightError,
         ProtocolError,
+        ProxyError,
         ReadySignalNotDetectedError,
+        ReturnCodeError,
+        SessionTimeoutError,
         SourceChangedError,
         SourceError,
         SourceReadError,
@@ -61,12 +72,14 @@ if TYPE_CHECKING:
         RootFilesystem,
         RootfsData,
     )
+    from nitro_vsock.loop import EventLoop, Relay
     from nitro_vsock.measure import Measurement, measure
     from nitro_vsock.preflight import Finding, Severity
     from nitro_vsock.progress import Progress
     from nitro_vsock.protocol import VMADDR_CID_ANY, FrameId, VsockPortOffset
-    from nitro_vsock.proxies import DeviceProxy, DeviceProxyList
+    from nitro_vsock.proxies import DeviceProxy, DeviceProxyList, DeviceService, SessionProxy
     from nitro_vsock.reader import EnclaveArgs, EnclaveArgsReader
+    from nitro_vsock.session import EnclaveSession, ExitStatus, SessionTimeouts
     from nitro_vsock.sources import Rootfs
     from nitro_vsock.transport import Peer, Strategy, UnixAddress, VsockAddress
     from nitro_vsock.writer import EnclaveArgsWriter, Launch, LaunchReport
@@ -84,6 +97,20 @@ __all__ = [
     "UnixAddress",
     "DeviceProxy",
     "DeviceProxyList",
+    # an enclave's life
+    "EnclaveSession",
+    "SessionTimeouts",
+    "ExitStatus",
+    "WaitStatus",
+    "OutputProxy",
+    "NetProxy",
+    "SignalHandler",
+    "ReturnCode",
+    "Console",
+    "SessionProxy",
+    "DeviceService",
+    "EventLoop",
+    "Relay",
     # before a launch
     "Finding",
     "Severity",
@@ -138,6 +165,9 @@ __all__ = [
     "ArchiveError",
     "LaunchCancelledError",
     "EnclaveDiedError",
+    "SessionTimeoutError",
+    "ReturnCodeError",
+    "ProxyError",
     "BusyError",
     "ClosedError",
     "ProtocolError",
@@ -163,6 +193,9 @@ _MODULES = (
     "reader",
     "preflight",
     "measure",
+    "loop",
+    "devices",
+    "session",
 )
 """Where the names are; the cheaper to import, the earlier."""
 

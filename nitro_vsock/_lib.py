@@ -12,7 +12,7 @@ import errno
 import mmap
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from enum import IntEnum
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 TICK_NS: Final = 50_000_000
 """C returns at least this often, so that signal handlers run although the signal reached another
 thread, or this one between two system calls."""
+
+FOREVER_NS: Final = (1 << 63) - 1
+"""A deadline or tick that never comes."""
+
+FLOW_BYTES: Final = 1 << 16
+"""Buffer of a flow; what fills it at once is spliced from then on."""
 
 STAGE_BYTES: Final = 1 << 20
 """Staging buffer of the read strategy; memory is touched only where it is used."""
@@ -64,16 +70,27 @@ class PeerInfo:
 class Guard:
     """What ends a call early: the deadline, a cancel descriptor, a watched descriptor."""
 
-    def __init__(self, deadline: Deadline, cancel_fd: int = -1, watch_fd: int = -1) -> None:
+    def __init__(
+        self,
+        deadline: Deadline,
+        cancel_fd: int = -1,
+        watch_fd: int = -1,
+        *,
+        on_tick: Callable[[], object] | None = None,
+    ) -> None:
+        """`on_tick` is called at every tick; what it raises ends the call."""
         self.wait = ffi.new("struct nv_wait *")
         self.wait.deadline_ns = deadline.ns
         self.wait.cancel_fd = cancel_fd
         self.wait.watch_fd = watch_fd
         # The first tick is due at once: it shows what was cancelled or dead before the first call.
         self.wait.tick_ns = 0
+        self._on_tick = on_tick
 
     def next_tick(self) -> None:
         """Allow the next call into C another tick."""
+        if self._on_tick is not None:
+            self._on_tick()
         self.wait.tick_ns = time.monotonic_ns() + TICK_NS
 
 
@@ -194,6 +211,28 @@ class Gate:
         }
 
 
+def accept(listen_fd: int) -> tuple[int, PeerInfo] | None:
+    """Accept a connection that waits already; None where none does.
+
+    The descriptor is the caller's, and does not block. Raises what ERRNO_TABLE says for stage
+    services.
+    """
+    peer = ffi.new("struct nv_peer *")
+    out = ffi.new("int32_t *", -1)
+    while True:
+        code = -lib.nv_accept(listen_fd, peer, out)
+        if code == 0:
+            return int(out[0]), PeerInfo(
+                peer.family, peer.cid, peer.port, peer.pid, peer.uid, peer.gid
+            )
+        if out[0] >= 0:
+            os.close(out[0])
+        if code == errno.EAGAIN:
+            return None
+        if code != errno.EINTR:
+            raise errors.from_errno(code, Stage.SERVICES)
+
+
 def handshake(fd: int, ready: int, guard: Guard) -> None:
     """Exchange the ready byte as the connecting side."""
     sent = ffi.new("uint64_t *")
@@ -299,6 +338,84 @@ def receive(fd: int, view: memoryview, guard: Guard, meter: Meter) -> int:
     if code:
         raise _failed(code, meter)
     return int(got[0])
+
+
+class FlowState(IntEnum):
+    """How a flow stands; see `enum nv_flow_state`."""
+
+    OPEN = lib.NV_FLOW_OPEN
+    ENDED = lib.NV_FLOW_ENDED
+    FROM_FAILED = lib.NV_FLOW_FROM_FAILED
+    TO_FAILED = lib.NV_FLOW_TO_FAILED
+
+
+class Flow:
+    """Bytes on their way from one socket to another; see `struct nv_flow`."""
+
+    __slots__ = ("_buffer", "struct")
+
+    def __init__(self, source: int, sink: int, pipe: tuple[int, int] | None) -> None:
+        """Borrow all descriptors. `pipe`: its two ends, where splicing may pay."""
+        self.struct = flow = ffi.new("struct nv_flow *")
+        self._buffer = ffi.new("uint8_t[]", FLOW_BYTES)
+        setattr(flow, "from", source)
+        flow.to, flow.buf, flow.size = sink, self._buffer, FLOW_BYTES
+        flow.pipe_out, flow.pipe_in = pipe or (-1, -1)
+
+    @property
+    def state(self) -> FlowState:
+        """How it stands."""
+        return FlowState(self.struct.state)
+
+    @property
+    def error(self) -> int:
+        """The errno value of a failed one, positive."""
+        return int(self.struct.error)
+
+    @property
+    def moved(self) -> int:
+        """Bytes delivered."""
+        return int(self.struct.moved)
+
+    @property
+    def calls(self) -> int:
+        """System calls that moved bytes or tried to."""
+        return int(self.struct.calls)
+
+
+class Pump:
+    """Waits for many descriptors while flows flow beside it. Owns none of the descriptors."""
+
+    def __init__(self) -> None:
+        self._flows: list[Flow] = []
+        self._pointers = ffi.new("struct nv_flow *[]", 0)
+        self._fds = ffi.new("struct pollfd[]", lib.NV_GUARDS)
+        self._watches = 0
+
+    def prepare(self, watches: Sequence[tuple[int, int]], flows: Sequence[Flow]) -> None:
+        """Wait for these (descriptor, events) and let these flows flow from now on."""
+        self._flows = list(flows)
+        self._pointers = ffi.new("struct nv_flow *[]", [flow.struct for flow in flows])
+        self._watches = len(watches)
+        self._fds = ffi.new("struct pollfd[]", lib.NV_GUARDS + len(watches) + len(flows))
+        for index, (fd, events) in enumerate(watches, lib.NV_GUARDS):
+            self._fds[index].fd, self._fds[index].events = fd, events
+
+    def wait(self, guard: Guard) -> tuple[int, list[tuple[int, int]]]:
+        """Wait once. Return 0 or the positive errno value of the guard's verdict, and events.
+
+        Events are (index of a watch, `revents`). EINTR comes back like a verdict, so that the
+        caller sees what signal handlers did.
+        """
+        code = -lib.nv_relay(self._pointers, len(self._flows), self._fds, self._watches, guard.wait)
+        if code:
+            return code, []
+        first = lib.NV_GUARDS
+        return 0, [
+            (index, revents)
+            for index in range(self._watches)
+            if (revents := int(self._fds[first + index].revents))
+        ]
 
 
 class Kind(IntEnum):

@@ -25,12 +25,24 @@ class Stage(str, Enum):
     FINISH = "finish"
     CLOSE = "close"
     READ = "read"
+    SERVICES = "services"
+    """The guest unpacks, then connects to its services."""
+    RUN = "run"
+    STOP = "stop"
+    """From `terminate` to the return code."""
+    DRAIN = "drain"
+    """The return code is here, the rest of the output is not yet."""
 
     def __str__(self) -> str:
         return self.value
 
 
-_GUEST_HAS_BYTES = frozenset({Stage.ARGUMENTS, Stage.ROOTFS, Stage.FINISH, Stage.CLOSE})
+_GUEST_HAS_BYTES = frozenset(
+    {
+        *(Stage.ARGUMENTS, Stage.ROOTFS, Stage.FINISH, Stage.CLOSE),
+        *(Stage.SERVICES, Stage.RUN, Stage.STOP, Stage.DRAIN),
+    }
+)
 
 
 class NitroVsockError(Exception):
@@ -42,6 +54,7 @@ class NitroVsockError(Exception):
         bytes_sent: bytes the socket had taken (for a reader: bytes received) when it happened.
         total: bytes the whole stream would have had, or None where that was not known.
         refused: strangers refused before it happened, by reason.
+        last_output: of a session: the last lines the guest had sent, as far as they were kept.
     """
 
     errno: int | None
@@ -68,6 +81,7 @@ class NitroVsockError(Exception):
         self.bytes_sent = bytes_sent
         self.total = total
         self.refused: dict[str, int] = {}
+        self.last_output: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.message
@@ -253,6 +267,18 @@ class EnclaveDiedError(NitroVsockError):
     """The watched descriptor hung up: the enclave is gone."""
 
 
+class SessionTimeoutError(DeadlineError):
+    """A session's deadline passed after the launch; `stage` says which: services, run or stop."""
+
+
+class ReturnCodeError(NitroVsockError):
+    """The guest reported no exit status, or something that is none."""
+
+
+class ProxyError(NitroVsockError, OSError):
+    """A proxy's own end failed: output that cannot be written, a network backend that is gone."""
+
+
 class BusyError(NitroVsockError):
     """Another thread is in the middle of a call on the same object."""
 
@@ -344,6 +370,7 @@ ERRNO_TABLE: tuple[ErrnoRow, ...] = (
     ),
     ErrnoRow(Stage.CONNECT, None, VsockConnectError, "the host could not be connected to"),
     ErrnoRow(Stage.ACCEPT, None, VsockAcceptError, "no connection could be accepted"),
+    ErrnoRow(Stage.SERVICES, None, VsockAcceptError, "no connection could be accepted"),
     ErrnoRow(Stage.READ, _errno.ECONNRESET, PeerClosedError, "the host reset the connection"),
     ErrnoRow(Stage.READ, None, VsockReadError, "receiving failed"),
     ErrnoRow(Stage.CLOSE, _errno.ECONNRESET, PeerClosedError, "the guest closed with bytes unread"),

@@ -42,6 +42,8 @@ class VsockPortOffset(IntEnum):
 
 VMADDR_CID_ANY: Final = 0xFFFFFFFF
 """`linux/vm_sockets.h`: any CID."""
+VMADDR_CID_HYPERVISOR: Final = 0
+"""`linux/vm_sockets.h`: where the console of an enclave in debug mode is."""
 VMADDR_CID_LOCAL: Final = 1
 """`linux/vm_sockets.h`: loopback, Linux 5.6 and later."""
 VMADDR_CID_HOST: Final = 2

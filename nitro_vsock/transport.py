@@ -5,6 +5,7 @@ Must not know: the launch protocol.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
@@ -28,6 +29,7 @@ from nitro_vsock.errors import (
     LaunchCancelledError,
     NitroVsockError,
     Stage,
+    VsockBindError,
     VsockCidMismatchError,
     from_errno,
 )
@@ -224,6 +226,12 @@ class WakeUp:
             if self._fd >= 0 and self._pid == os.getpid():
                 os.eventfd_write(self._fd, 1)
 
+    def clear(self) -> None:
+        """Take it back: whoever waits from now on is not woken."""
+        with self._lock, suppress(BlockingIOError):
+            if self._fd >= 0:
+                os.eventfd_read(self._fd)
+
     def close(self) -> None:
         """Close the descriptor; any number of times."""
         with self._lock:
@@ -293,6 +301,11 @@ class Holder:
         self._wake_up.set()
         self._release_if_idle()
 
+    def close_quietly(self) -> None:
+        """Close without waking whoever else waits with the same wake-up; no call may be running."""
+        self._closing = True
+        self._release_if_idle()
+
     def __enter__(self) -> Self:
         return self
 
@@ -308,6 +321,21 @@ class Holder:
         if not getattr(self, "_closing", True):
             warnings.warn(f"unclosed {self!r}", ResourceWarning, source=self, stacklevel=2)
             self.close()
+
+
+def _remove_abandoned(path: str) -> bool:
+    """Remove a socket's file whose process was killed; return whether it was one.
+
+    Only such a file refuses connections: one that is merely busy takes them, or would block.
+    """
+    with suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        found = os.lstat(path)
+        probe.setblocking(False)
+        refused = probe.connect_ex(path) == errno.ECONNREFUSED
+        if refused and stat.S_ISSOCK(found.st_mode) and os.path.samestat(found, os.lstat(path)):
+            Path(path).unlink()
+            return True
+    return False
 
 
 class Listener(Holder):
@@ -327,6 +355,7 @@ class Listener(Holder):
         super().__init__(wake_up)
         self.address = address
         self._pid = os.getpid()
+        self.strangers = 0
         self._inode: tuple[int, int] | None = None
         try:
             self._fd = self._bind(address)
@@ -339,7 +368,12 @@ class Listener(Holder):
     def _bind(self, address: Address) -> int:
         if isinstance(address, VsockAddress):
             return _lib.listen_vsock(address.cid, address.port, BACKLOG)
-        fd = _lib.listen_unix(os.fsencode(address.path), BACKLOG)
+        try:
+            fd = _lib.listen_unix(os.fsencode(address.path), BACKLOG)
+        except VsockBindError as error:
+            if error.errno != errno.EADDRINUSE or not _remove_abandoned(address.path):
+                raise
+            fd = _lib.listen_unix(os.fsencode(address.path), BACKLOG)
         try:
             found = Path(address.path).lstat()
         except OSError as error:
@@ -386,6 +420,31 @@ class Listener(Holder):
                 raise
             stream = Stream(fd, self.address.family, Peer._from(gate.peer), self._wake_up)
             return stream, sent, gate.refused
+
+    def accept(self, want_cid: int | None) -> socket.socket | None:
+        """Accept a connection that waits already; None where none of the wanted CID does.
+
+        Others are closed, at most BACKLOG of them. The socket does not block.
+
+        Raises:
+            VsockAcceptError: for want of descriptors, for instance.
+        """
+        with self._in_use():
+            for _ in range(BACKLOG):
+                found = _lib.accept(self._fd)
+                if found is None:
+                    return None
+                fd, peer = found
+                connection = socket.socket(self.address.family, socket.SOCK_STREAM, fileno=fd)
+                if (
+                    want_cid is None
+                    or self.address.family != socket.AF_VSOCK
+                    or (peer.cid == want_cid)
+                ):
+                    return connection
+                connection.close()
+                self.strangers += 1
+        return None
 
     def _release(self) -> None:
         fd, self._fd = self._fd, -1

@@ -148,6 +148,7 @@ class EnclaveArgsWriter:
     Attributes:
         rootfs: the root file system.
         args: the other frames, in the order they are sent.
+        proxies: those given, for an `EnclaveSession`.
     """
 
     def __init__(
@@ -176,6 +177,7 @@ class EnclaveArgsWriter:
         Raises:
             InvalidArgumentError: names the field, the value and the limit.
         """
+        self.proxies = DeviceProxyList(proxies or ())
         argv_bytes = encode_texts("argv", argv)
         envp_bytes = encode_texts("envp", _environment(envp))
         if b"/" not in argv_bytes[0]:
@@ -188,7 +190,7 @@ class EnclaveArgsWriter:
             [
                 *([NetworkProxy()] if network_proxy else []),
                 *([AppOutput()] if app_output else []),
-                *DeviceProxyList(proxies or ()).args(),
+                *self.proxies.args(),
             ],
         )
 
@@ -220,12 +222,13 @@ class EnclaveArgsWriter:
             if not isinstance(value, str):
                 raise InvalidArgumentError(name, value, "must be str")
         writer = cls.__new__(cls)
+        writer.proxies = DeviceProxyList(proxies)
         writer._setup(
             rootfs if isinstance(rootfs, Rootfs) else Rootfs.from_bytes(rootfs),
             encode_text("exec_path", exec_path, allow_empty=True),
             encode_texts("argv", argv_str.replace('"', "").split(" "), allow_empty=True),
             encode_texts("envp", envp_str.replace('"', "").split(" "), allow_empty=True),
-            DeviceProxyList(proxies).args(),
+            writer.proxies.args(),
         )
         return writer
 
@@ -285,7 +288,7 @@ class EnclaveArgsWriter:
             UnsupportedError: this kernel has no AF_VSOCK.
         """
         address = service_address(cid, protocol.VsockPortOffset.ARGS_READER, uds_path)
-        wanted = _check_peer_cid(cid if peer_cid is None else peer_cid)
+        wanted = check_peer_cid(cid if peer_cid is None else peer_cid)
         source = self.rootfs.open()
         try:
             way = _check_strategy(strategy, source)
@@ -369,7 +372,12 @@ def _refuse_errors(findings: tuple[Finding, ...]) -> None:
         logger.warning("%s", finding)
 
 
-def _check_peer_cid(cid: int) -> int | None:
+def check_peer_cid(cid: int) -> int | None:
+    """Return the CID to admit, None for any.
+
+    Raises:
+        InvalidArgumentError: it is no CID.
+    """
     require_int("peer_cid", cid, 0, protocol.VMADDR_CID_ANY)
     return None if cid == protocol.VMADDR_CID_ANY else cid
 
@@ -424,7 +432,7 @@ class Launch(Holder):
         except BaseException as error:
             wake_up.close()
             if isinstance(error, VsockBindError):
-                error.explain(_bind_hint(cid, address))
+                error.explain(bind_hint(cid, address))
             raise
         super().__init__(wake_up)
         self.cid = cid
@@ -442,6 +450,11 @@ class Launch(Holder):
         """The listening descriptor, for a poll of the caller's; -1 once closed."""
         return self._listener.fileno()
 
+    @property
+    def rootfs_bytes(self) -> int:
+        """Bytes of the root file system that is going to be sent."""
+        return self._source.length
+
     def cancel(self) -> None:
         """End a running `send`, or the next one, with LaunchCancelledError."""
         self._wake_up.set()
@@ -453,6 +466,7 @@ class Launch(Holder):
         *,
         enclave_fd: int | None = None,
         wait_closed: bool = True,
+        on_tick: Callable[[], object] | None = None,
     ) -> LaunchReport:
         """Wait for the guest, hand it everything, and see it close. Once per launch.
 
@@ -463,6 +477,8 @@ class Launch(Holder):
             enclave_fd: the enclave's descriptor: a hang-up there ends the launch.
             wait_closed: wait until the guest closes its end, which it does right after Finished.
                 Without it, a guest that has stopped reading the last bytes goes unnoticed.
+            on_tick: called about 20 times a second while the call waits or sends. What it raises
+                ends the launch.
 
         Returns:
             The report; every byte was taken by the socket, Finished included.
@@ -479,13 +495,13 @@ class Launch(Holder):
         After an error with `must_terminate_enclave` the guest holds half a launch: end the enclave.
         """
         deadline = Deadline.after(timeout)
-        watch_fd = -1 if enclave_fd is None else _check_fd(enclave_fd)
+        watch_fd = check_enclave_fd(enclave_fd)
         with self._in_use():
             if self._spent:
                 raise ClosedError("this Launch has been used; listen again for another")
             meter = Meter(progress)
             self._spent = True
-            guard = Guard(deadline, self._wake_up.fileno(), watch_fd)
+            guard = Guard(deadline, self._wake_up.fileno(), watch_fd, on_tick=on_tick)
             try:
                 return self._send(guard, meter, wait_closed)
             except NitroVsockError as error:
@@ -596,8 +612,14 @@ class Launch(Holder):
         return f"<Launch for CID {self.cid} at {self.address}>"
 
 
-def _check_fd(fd: int) -> int:
-    """Refuse a closed descriptor here: to the core it would look like a dead enclave."""
+def check_enclave_fd(fd: int | None) -> int:
+    """Return what to watch, -1 for None; to the core a closed one would look like a dead enclave.
+
+    Raises:
+        InvalidArgumentError: it is no open descriptor.
+    """
+    if fd is None:
+        return -1
     require_int("enclave_fd", fd, 0, (1 << 31) - 1)
     try:
         os.fstat(fd)
@@ -607,11 +629,12 @@ def _check_fd(fd: int) -> int:
     return fd
 
 
-def _bind_hint(cid: int, address: Address) -> str:
+def bind_hint(cid: int, address: Address) -> str:
+    """Return what may be the matter where an address of an enclave cannot be bound."""
     if isinstance(address, UnixAddress):
         return (
-            f"for the arguments of CID {cid}; a socket file may be left from a process that was "
-            "killed: remove it if nobody listens there"
+            f"for an enclave of CID {cid}; a process listens there, or the file is no socket: "
+            "what a killed process left is replaced"
         )
     sharing = ", ".join(
         f"{service.name.lower().replace('_', ' ')} of CID {address.port - service}"

@@ -165,7 +165,7 @@ def test_two_hundred_launches_on_one_path(writer, uds, guest_path):
 def test_path_in_use_is_refused_with_a_hint(writer, archive, uds, guest_path):
     """The one that listens there is not disturbed."""
     with writer.listen(CID, uds_path=uds) as launch:
-        hint = rf"in use.*{re.escape(guest_path)}.*CID 16.*remove it"
+        hint = rf"in use.*{re.escape(guest_path)}.*CID 16.*a process listens"
         with pytest.raises(VsockBindError, match=hint) as caught:
             writer.listen(CID, uds_path=uds)
         assert caught.value.stage is Stage.BIND
@@ -174,13 +174,36 @@ def test_path_in_use_is_refused_with_a_hint(writer, archive, uds, guest_path):
     assert guest.result().rootfs_sha256 == archive.sha256
 
 
-def test_stale_socket_file_is_refused_and_left(writer, uds, guest_path):
-    """It might be somebody's; the message says what to do."""
+def test_socket_file_of_a_killed_process_is_replaced(writer, archive, uds, guest_path):
+    """Nobody listens there, so nobody loses anything."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stale:
         stale.bind(guest_path)
-    with pytest.raises(VsockBindError, match=r"socket file may be left.*remove it"):
+    with writer.listen(CID, uds_path=uds) as launch:
+        guest = Guest(guest_path)
+        launch.send(timeout=30)
+    assert guest.result().rootfs_sha256 == archive.sha256
+
+
+def test_file_that_is_no_socket_is_never_replaced(writer, uds, guest_path):
+    """It is somebody's."""
+    Path(guest_path).write_text("mine")
+    with pytest.raises(VsockBindError, match="in use"):
         writer.listen(CID, uds_path=uds)
-    assert os.path.exists(guest_path)
+    assert Path(guest_path).read_text() == "mine"
+
+
+def test_busy_listener_is_never_replaced(writer, uds, guest_path):
+    """A full backlog is no refusal."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as busy, contextlib.ExitStack() as stack:
+        busy.bind(guest_path)
+        busy.listen(0)
+        for _ in range(4):
+            client = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            client.setblocking(False)
+            client.connect_ex(guest_path)
+        with pytest.raises(VsockBindError, match="in use"):
+            writer.listen(CID, uds_path=uds)
+        assert os.path.exists(guest_path)
 
 
 @pytest.mark.parametrize("kind", ["file", "socket"])
