@@ -123,6 +123,7 @@ static ssize_t broken(ssize_t ret) {
     }
 
 PLAIN(int, listen, (int fd, int backlog), fd, backlog)
+PLAIN(int, shutdown, (int fd, int how), fd, how)
 PLAIN(int, connect, (int fd, const struct sockaddr *addr, socklen_t len), fd, addr, len)
 PLAIN(int, getsockopt, (int fd, int level, int name, void *value, socklen_t *len), fd, level, name,
       value, len)

@@ -18,14 +18,24 @@ TRANSFERS = ("send", "recv", "read", "pread", "sendfile", "splice")
 """Calls that can move fewer bytes than asked for."""
 
 CALLS = (
-    *("socket", "bind", "listen", "connect", "accept4", "getsockopt", "setsockopt", "close"),
+    *(
+        "socket",
+        "bind",
+        "listen",
+        "connect",
+        "accept4",
+        "getsockopt",
+        "setsockopt",
+        "shutdown",
+        "close",
+    ),
     *("ppoll", "fstat", "mmap", "munmap", "unlink", "sigpending", "sigtimedwait"),
     *("openat", "fstatat", "readlinkat", "syscall"),
     *TRANSFERS,
 )
 """What the compiled module calls and faults.c can make fail."""
 
-UNFAILING = ("clock_gettime", "pthread_sigmask", "fcntl")
+UNFAILING = ("clock_gettime", "pthread_sigmask", "fcntl", "sched_yield")
 """What the compiled module calls and Linux fails for invalid arguments only."""
 
 

@@ -33,6 +33,7 @@ from nitro_vsock import (
     errors,
 )
 from nitro_vsock.errors import ERRNO_TABLE, Stage
+from nitro_vsock.transport import Listener, UnixAddress, WakeUp
 
 HEADER = 74
 """Bytes before the root file system's first, for the arguments of driver.py."""
@@ -300,17 +301,36 @@ def host_resets(scene):
     return served(scene, serve)
 
 
+@contextlib.contextmanager
+def exhausted():
+    """No descriptor is left meanwhile."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.dup(0)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def no_descriptors(scene):
     """No descriptor is left for the guest's connection."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with scene.listen() as launch, connect(scene.path), caught() as error:
-        lowest = os.dup(0)
-        os.close(lowest)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, hard))
-        try:
-            launch.send()
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with scene.listen() as launch, connect(scene.path), caught() as error, exhausted():
+        launch.send()
+    return error
+
+
+def no_descriptors_for_a_service(scene):
+    """The guest connects to a service of a session, and no descriptor is left for it."""
+    with (
+        contextlib.closing(WakeUp()) as wake_up,
+        Listener(UnixAddress(scene.path), wake_up) as listener,
+        connect(scene.path),
+        caught() as error,
+        exhausted(),
+    ):
+        listener.accept(None)
     return error
 
 
@@ -414,6 +434,7 @@ CASES = [
     ),
     ("connect", None, False, nobody_listens, "connect", 0),
     ("accept", None, False, no_descriptors, "accept", 0),
+    ("services", None, False, no_descriptors_for_a_service, "services", 0),
     ("read", "ECONNRESET", False, host_resets, "read", 0),
     ("read", None, False, receiving_fails("read", driver.reads), "read", 0),
     ("close", "ECONNRESET", False, closed_with_bytes_unread, "close", None),
@@ -512,6 +533,7 @@ def make(cls):
         return cls("rootfs", "not-a-tar", "is no tar", ("a finding",))
     error = cls("broke", errno=errno.EPIPE, stage=Stage.ROOTFS, bytes_sent=12, total=345)
     error.refused = {"cid": 2}
+    error.last_output = ("the last words",)
     error.explain("and more")
     for name in ("expected", "actual", "offset"):
         if hasattr(cls, name):
@@ -549,6 +571,8 @@ BUILT_IN = {
     "ArchiveError": "ValueError",
     "ProtocolError": "ValueError",
     "EarlyEndError": "ConnectionError",
+    "SessionTimeoutError": "TimeoutError",
+    "ProxyError": "OSError",
 }
 
 
@@ -566,7 +590,8 @@ def test_exception_is_also_the_fitting_built_in_one(cls):
 def test_enclave_must_be_terminated_exactly_when_the_guest_has_bytes(stage):
     """Before the first frame it can still be served by another launch."""
     error = NitroVsockError("broke", stage=stage)
-    assert error.must_terminate_enclave == (stage in ("arguments", "rootfs", "finish", "close"))
+    before = ("validate", "bind", "connect", "accept", "handshake", "read")
+    assert error.must_terminate_enclave == (stage not in before)
 
 
 @pytest.mark.parametrize("cls", CLASSES)

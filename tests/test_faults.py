@@ -191,14 +191,14 @@ def test_calls_python_makes_for_the_launch_fail_typed(shim, route, call):
 def test_socket_file_that_cannot_be_looked_at_fails_typed(shim):
     """The descriptor is closed again; the file stays, since whose it is cannot be told."""
     plan = {"call": "lstat", "action": "fail", "value": "ENOENT", "origin": "python"}
-    (result,) = launches(shim, "memory", [plan])
+    (result,) = launches(shim, "memory", [plan], nth=1)
     assert (result["error"], result["errno"], result["leaked"]) == ("VsockBindError", "ENOENT", [])
 
 
 def test_socket_file_that_cannot_be_removed_ends_nothing(shim):
     """As after a change of user: the launch has succeeded, and its descriptor is closed."""
     plan = {"call": "unlink", "action": "fail", "value": "EPERM", "origin": "python"}
-    (result,) = launches(shim, "memory", [plan])
+    (result,) = launches(shim, "memory", [plan], nth=1)
     check_success(result)
     assert (result["leaked"], len(result["left"])) == ([], 1)
 
