@@ -120,6 +120,9 @@ class EnclaveArgsReader(Holder):
         """End a running `read_args`, or the next one, with LaunchCancelledError."""
         self._wake_up.set()
 
+    def _at(self, step: str) -> None:
+        """Do nothing; for emulators: called at "connect", "handshake", "arguments", "finished"."""
+
     def read_args(
         self,
         rootfs: Sink = None,
@@ -152,9 +155,15 @@ class EnclaveArgsReader(Holder):
             guard = Guard(deadline, self._wake_up.fileno())
             meter = Meter(progress)
             # A sink that cannot be opened must not cost the launch its one connection.
-            with open_sink(rootfs) as store, connect(self.address, guard, self._wake_up) as stream:
-                stream.handshake(protocol.READY, guard)
-                return self._read(stream, guard, meter, store)
+            with open_sink(rootfs) as store:
+                self._at("connect")
+                with connect(self.address, guard, self._wake_up) as stream:
+                    self._at("handshake")
+                    stream.handshake(protocol.READY, guard)
+                    self._at("arguments")
+                    args = self._read(stream, guard, meter, store)
+                    self._at("finished")
+                    return args
 
     def _read(
         self, stream: Stream, guard: Guard, meter: Meter, store: Callable[[memoryview], object]

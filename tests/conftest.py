@@ -13,7 +13,7 @@ from archives import Archive, make_tar
 
 from nitro_vsock import EnclaveArgsWriter, Rootfs
 
-pytest_plugins = ["vsock_guest"]
+pytest_plugins = ["vsock_guest", "programs"]
 
 CID = 16
 
