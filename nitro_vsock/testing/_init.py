@@ -167,6 +167,8 @@ class Init:
                 self._run(message, fds[0] if fds else None)
             elif what == "signal":
                 self._signal(message["number"])
+            elif what == "close net":
+                self._close_net()
         except (OSError, UnpackError) as error:
             fail(self._host, what, error)
         finally:
@@ -227,7 +229,6 @@ class Init:
         """Forward a signal, and stop waiting: init's waitpid is interrupted by it."""
         if self._program > 0:
             os.kill(self._program, number)
-        self._end_relay()
         control.send(self._host, {"event": "signalled"})
 
     def _reap(self) -> None:
@@ -242,14 +243,14 @@ class Init:
                 self._relay = -1
             elif pid == self._program:
                 self._program = -1
-                self._end_relay()
                 control.send(self._host, {"event": "exited", "status": status})
 
-    def _end_relay(self) -> None:
+    def _close_net(self) -> None:
         if self._relay > 0:
             os.kill(self._relay, signal.SIGKILL)
             os.waitpid(self._relay, 0)
             self._relay = -1
+        control.send(self._host, {"event": "closed"})
 
 
 if __name__ == "__main__":

@@ -350,9 +350,7 @@ class _Life:
         self._at(Point.SIGNAL)
         self._run_program(sandbox, args)
         self._at(Point.EXITED)
-        for sock in (self._output, self._signals):
-            if sock is not None:
-                sock.close()
+        self._close_proxies(sandbox)
         if self._misbehave is not Misbehaviour.NO_RETURN_CODE:
             self._report_status()
         self._look_after_program(sandbox)
@@ -466,6 +464,17 @@ class _Life:
                     self._note(forwarded=True)
                 else:
                     self._exited(event)
+
+    def _close_proxies(self, sandbox: Sandbox) -> None:
+        for sock in (self._output, self._signals):
+            if sock is not None:
+                sock.close()
+        sandbox.close_net()
+        event: dict[str, Any] = {}
+        while event.get("event") != "closed":
+            self._wait(sandbox.fileno())
+            event = sandbox.receive()
+            self._exited(event)
 
     @property
     def _forwards(self) -> bool:

@@ -102,6 +102,10 @@ class Sandbox:
         """Forward a signal; "signalled" or an earlier "exited" is to be received."""
         self._send({"op": "signal", "number": number})
 
+    def close_net(self) -> None:
+        """Stop relaying frames; "closed" is to be received, an "exited" may come before it."""
+        self._send({"op": "close net"})
+
     def receive(self) -> dict[str, Any]:
         """Return the next event.
 
