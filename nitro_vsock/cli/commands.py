@@ -6,13 +6,10 @@ Must not know: how anything is done or shown.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import logging
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -24,6 +21,7 @@ from nitro_vsock.cli import bench as comparison
 from nitro_vsock.cli import demo as demonstration
 from nitro_vsock.cli import doctor as examination
 from nitro_vsock.cli import failures, inspection, output
+from nitro_vsock.cli.guest import guest
 from nitro_vsock.cli.options import (
     EPILOG,
     LAUNCH_SETTINGS,
@@ -35,8 +33,9 @@ from nitro_vsock.cli.options import (
 from nitro_vsock.cli.output import Settings
 from nitro_vsock.cli.params import parse_peer_cid, parse_size
 from nitro_vsock.cli.rootfs import choose_rootfs
+from nitro_vsock.cli.waiting import retry
 from nitro_vsock.deadline import DEFAULT_TIMEOUT
-from nitro_vsock.progress import Meter, Progress
+from nitro_vsock.progress import Meter
 from nitro_vsock.protocol import VMADDR_CID_HOST
 from nitro_vsock.reader import EnclaveArgs, EnclaveArgsReader
 from nitro_vsock.sinks import open_sink
@@ -44,8 +43,6 @@ from nitro_vsock.transport import Strategy
 
 PROGRAM: Final = "nitro-vsock"
 
-_RETRY_SECONDS: Final = 0.02
-_NOBODY_THERE: Final = frozenset({errno.ECONNREFUSED, errno.ENOENT, errno.ECONNRESET})
 _FILE_STRATEGIES: Final = [Strategy.AUTO, Strategy.SENDFILE, Strategy.MMAP, Strategy.READ]
 
 _timeout_option = click.option(
@@ -182,40 +179,13 @@ def receive(
     The host's listener must be there already, or see --wait.
     """
 
-    def attempt(seconds: float, show: Callable[[Progress], None]) -> EnclaveArgs:
+    def attempt(seconds: float) -> EnclaveArgs:
         with EnclaveArgsReader(cid, uds_path=uds_path, host_cid=host_cid, strict=strict) as reader:
             return reader.read_args(rootfs_out, seconds, show)
 
     with output.show_progress("waiting for the host") as show:
-        args = _retry(attempt, timeout, show) if wait else attempt(timeout, show)
+        args = retry(attempt, timeout) if wait else attempt(timeout)
     output.print_result(settings, dataclasses.asdict(args), output.describe_args(args))
-
-
-def _retry(
-    attempt: Callable[[float, Callable[[Progress], None]], EnclaveArgs],
-    timeout: float,
-    show: Callable[[Progress], None],
-) -> EnclaveArgs:
-    """Attempt to take a launch until somebody listens or the deadline passes."""
-    deadline = time.monotonic() + timeout
-    waiting = False
-    while True:
-        try:
-            return attempt(max(deadline - time.monotonic(), 0), show)
-        except (errors.VsockConnectError, errors.ConnectTimeoutError) as error:
-            # A connect over AF_VSOCK has a timeout of the kernel's too, of two seconds.
-            if error.errno not in _NOBODY_THERE | {errno.ETIMEDOUT}:
-                raise
-            if time.monotonic() + _RETRY_SECONDS >= deadline:
-                raise errors.ConnectTimeoutError(
-                    f"nobody listened before the deadline; {error}",
-                    errno=errno.ETIMEDOUT,
-                    stage=errors.Stage.CONNECT,
-                ) from error
-            if not waiting:
-                output.print_note(f"waiting for a listener; {error}")
-                waiting = True
-        time.sleep(_RETRY_SECONDS)
 
 
 @cli.command(epilog=EPILOG)
@@ -403,6 +373,7 @@ def doctor(context: click.Context) -> None:
 
 cli.add_command(inspection.check)
 cli.add_command(inspection.measure)
+cli.add_command(guest)
 
 
 def run(args: list[str]) -> int:
