@@ -22,19 +22,25 @@ from nitro_vsock.cli import demo as demonstration
 from nitro_vsock.cli import doctor as examination
 from nitro_vsock.cli import failures, inspection, output
 from nitro_vsock.cli.guest import guest
+from nitro_vsock.cli.host import host
 from nitro_vsock.cli.options import (
     EPILOG,
     LAUNCH_SETTINGS,
+    cid_option,
+    enclave_fd_option,
     exclude_option,
     global_options,
     launch_options,
     make_writer,
+    peer_options,
+    preflight_option,
+    timeout_option,
+    uds_option,
 )
 from nitro_vsock.cli.output import Settings
-from nitro_vsock.cli.params import parse_peer_cid, parse_size
+from nitro_vsock.cli.params import parse_size
 from nitro_vsock.cli.rootfs import choose_rootfs
 from nitro_vsock.cli.waiting import retry
-from nitro_vsock.deadline import DEFAULT_TIMEOUT
 from nitro_vsock.progress import Meter
 from nitro_vsock.protocol import VMADDR_CID_HOST
 from nitro_vsock.reader import EnclaveArgs, EnclaveArgsReader
@@ -44,23 +50,6 @@ from nitro_vsock.transport import Strategy
 PROGRAM: Final = "nitro-vsock"
 
 _FILE_STRATEGIES: Final = [Strategy.AUTO, Strategy.SENDFILE, Strategy.MMAP, Strategy.READ]
-
-_timeout_option = click.option(
-    "--timeout",
-    type=click.FloatRange(min=0),
-    default=DEFAULT_TIMEOUT.seconds,
-    show_default=True,
-    metavar="SECONDS",
-    help="For all of the launch.",
-)
-_cid_option = click.option(
-    "--cid", type=int, required=True, help="Of the enclave; the port is CID + 1."
-)
-_uds_option = click.option(
-    "--uds-path",
-    metavar="PATH",
-    help="Use a hybrid vsock: the Unix socket PATH_<CID + 1>, as Firecracker does.",
-)
 
 
 @click.group(
@@ -75,10 +64,10 @@ def cli() -> None:
 
 
 @cli.command(epilog=EPILOG, context_settings=LAUNCH_SETTINGS)
-@_cid_option
+@cid_option
 @launch_options
-@_uds_option
-@_timeout_option
+@uds_option
+@timeout_option
 @click.option(
     "--strategy",
     type=click.Choice([strategy.value for strategy in _FILE_STRATEGIES]),
@@ -88,20 +77,9 @@ def cli() -> None:
 )
 @click.option("--network-proxy", is_flag=True, help="The guest is to connect to the network.")
 @click.option("--app-output", is_flag=True, help="The guest is to send the program's output.")
-@click.option(
-    "--peer-cid",
-    type=parse_peer_cid,
-    metavar="CID",
-    help="Whom to admit: a CID, or 'any'; 1 over loopback.  [default: --cid]",
-)
-@click.option("--strict-peer", is_flag=True, help="Fail at the first stranger.")
-@click.option(
-    "--enclave-fd",
-    type=int,
-    metavar="FD",
-    help="An inherited descriptor of the enclave; give up when it hangs up.",
-)
-@click.option("--no-preflight", is_flag=True, help="Skip the quick checks of the launch.")
+@peer_options
+@enclave_fd_option
+@preflight_option
 @global_options
 @click.pass_obj
 def send(
@@ -149,8 +127,8 @@ def send(
 
 
 @cli.command(epilog=EPILOG)
-@_cid_option
-@_uds_option
+@cid_option
+@uds_option
 @click.option(
     "--host-cid",
     type=int,
@@ -161,7 +139,7 @@ def send(
 @click.option("--rootfs-out", metavar="FILE", help="Store the archive; it appears when complete.")
 @click.option("--strict", is_flag=True, help="Also enforce what the real guest needs.")
 @click.option("--wait", is_flag=True, help="Wait for the host's listener to appear.")
-@_timeout_option
+@timeout_option
 @global_options
 @click.pass_obj
 def receive(
@@ -252,7 +230,7 @@ def pack(settings: Settings, rootfs: str, out: str, exclude: tuple[str, ...]) ->
     metavar="SIZE",
     help="Send an archive of zeros of about this size, such as 64MiB or 4GiB; it takes no space.",
 )
-@_timeout_option
+@timeout_option
 @global_options
 @click.pass_obj
 def demo(settings: Settings, rootfs: Path | None, size: int | None, timeout: float) -> None:
@@ -316,7 +294,7 @@ def demo(settings: Settings, rootfs: Path | None, size: int | None, timeout: flo
     metavar="CID",
     help="A real reader's, which connects once for every launch.  [default: a reader of ours]",
 )
-@_uds_option
+@uds_option
 @global_options
 @click.pass_obj
 def bench(
@@ -373,6 +351,7 @@ def doctor(context: click.Context) -> None:
 
 cli.add_command(inspection.check)
 cli.add_command(inspection.measure)
+cli.add_command(host)
 cli.add_command(guest)
 
 

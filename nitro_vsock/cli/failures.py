@@ -27,6 +27,7 @@ class ExitCode(IntEnum):
     ENCLAVE_DIED = 8
     UNSUPPORTED = 9
     PREFLIGHT = 10
+    HOST = 125
     INTERRUPTED = 130
     TERMINATED = 143
 
@@ -43,6 +44,7 @@ MEANING: Final = {
     ExitCode.ENCLAVE_DIED: "the enclave died",
     ExitCode.UNSUPPORTED: "this kernel has no AF_VSOCK",
     ExitCode.PREFLIGHT: "check, send: the guest would fail on this launch; nothing was sent",
+    ExitCode.HOST: "host: the host's side failed; other codes of `host` are the program's",
     ExitCode.INTERRUPTED: "interrupted (SIGINT, Ctrl-C)",
     ExitCode.TERMINATED: "terminated (SIGTERM)",
 }
@@ -63,6 +65,8 @@ _CODES: Final[tuple[tuple[type[BaseException], ExitCode], ...]] = (
     (errors.VsockWriteError, ExitCode.PEER),
     (errors.SourceError, ExitCode.SOURCE),
     (errors.ProtocolError, ExitCode.PROTOCOL),
+    (errors.ReturnCodeError, ExitCode.PEER),
+    (errors.ProxyError, ExitCode.HOST),
     (errors.EnclaveDiedError, ExitCode.ENCLAVE_DIED),
     (errors.UnsupportedError, ExitCode.UNSUPPORTED),
     (KeyboardInterrupt, ExitCode.INTERRUPTED),

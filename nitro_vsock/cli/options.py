@@ -14,8 +14,10 @@ import click
 
 from nitro_vsock.cli import failures
 from nitro_vsock.cli.output import Settings
-from nitro_vsock.cli.params import parse_variable
+from nitro_vsock.cli.params import parse_peer_cid, parse_variable
 from nitro_vsock.cli.rootfs import choose_rootfs
+from nitro_vsock.deadline import DEFAULT_TIMEOUT
+from nitro_vsock.proxies import DeviceProxyList
 from nitro_vsock.sources import Rootfs
 from nitro_vsock.writer import EnclaveArgsWriter
 
@@ -56,6 +58,48 @@ exclude_option = click.option(
     help="Leave out of a directory, with all in it: '*.pyc' anywhere, 'usr/share/doc' from the "
     "root; repeat it.",
 )
+
+timeout_option = click.option(
+    "--timeout",
+    type=click.FloatRange(min=0),
+    default=DEFAULT_TIMEOUT.seconds,
+    show_default=True,
+    metavar="SECONDS",
+    help="For all of the launch.",
+)
+cid_option = click.option(
+    "--cid", type=int, required=True, help="Of the enclave; the port is CID + 1."
+)
+uds_option = click.option(
+    "--uds-path",
+    metavar="PATH",
+    help="Use a hybrid vsock: the Unix socket PATH_<CID + 1>, as Firecracker does.",
+)
+enclave_fd_option = click.option(
+    "--enclave-fd",
+    type=int,
+    metavar="FD",
+    help="An inherited descriptor of the enclave; give up when it hangs up.",
+)
+preflight_option = click.option(
+    "--no-preflight", is_flag=True, help="Skip the quick checks of the launch."
+)
+
+
+def peer_options(command: _Command) -> _Command:
+    """Add what says whom to admit: peer_cid, strict_peer."""
+    for option in (
+        click.option(
+            "--peer-cid",
+            type=parse_peer_cid,
+            metavar="CID",
+            help="Whom to admit: a CID, or 'any'; 1 over loopback.  [default: --cid]",
+        ),
+        click.option("--strict-peer", is_flag=True, help="Fail at the first stranger."),
+    )[::-1]:
+        command = option(command)
+    return command
+
 
 LAUNCH_SETTINGS: Final = {"allow_interspersed_args": False}
 """For a command with `launch_options`: the first word that is no option begins the guest's command
@@ -98,6 +142,7 @@ def make_writer(
     *,
     network_proxy: bool = False,
     app_output: bool = False,
+    proxies: DeviceProxyList | None = None,
     choose: Callable[[str, tuple[str, ...]], Rootfs] = choose_rootfs,
 ) -> EnclaveArgsWriter:
     """Return the writer of the launch that `launch_options` describe.
@@ -110,6 +155,7 @@ def make_writer(
         argv: of the program.
         network_proxy: a flag of the writer.
         app_output: a flag of the writer.
+        proxies: of the writer.
         choose: makes a source of the path and the globs.
 
     Raises:
@@ -122,4 +168,5 @@ def make_writer(
         dict(env),
         network_proxy=network_proxy,
         app_output=app_output,
+        proxies=proxies,
     )
