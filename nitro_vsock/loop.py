@@ -5,10 +5,12 @@ Must not know: what a descriptor is for.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import select
 import socket
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Final
@@ -32,7 +34,7 @@ class EventLoop:
 
     def __init__(self) -> None:
         self._watched: dict[int, tuple[int, Callable[[int], object]]] = {}
-        self._order: list[int] = []
+        self._order: list[tuple[int, tuple[int, Callable[[int], object]]]] = []
         self._relays: list[Relay] = []
         self._pump = _lib.Pump()
         self._stale = False
@@ -81,20 +83,23 @@ class EventLoop:
             0, or the errno value of the guard's verdict. EINTR: a signal handler may have run.
         """
         if self._stale:
-            self._order = list(self._watched)
+            self._order = list(self._watched.items())
             self._pump.prepare(
-                [(fd, self._watched[fd][0]) for fd in self._order],
+                [(fd, entry[0]) for fd, entry in self._order],
                 [flow for relay in self._relays for flow in (relay.there, relay.back)],
             )
             self._stale = False
         code, events = self._pump.wait(guard)
         order = self._order
         for index, revents in events:
-            entry = self._watched.get(order[index])
-            if entry is not None:  # an earlier callback may have unwatched it
+            fd, entry = order[index]
+            # An earlier callback may have unwatched it, and its number may be another's by now.
+            if self._watched.get(fd) is entry:
                 entry[1](revents)
         for relay in list(self._relays):
             relay.look()
+        if code == 0 and time.monotonic_ns() >= guard.wait.deadline_ns:
+            return errno.ETIME  # where something is always ready, the core never says so
         return code
 
     def poll(self) -> None:
