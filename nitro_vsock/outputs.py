@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import errno
+import fcntl
 import io
 import logging
 import os
@@ -18,7 +19,9 @@ from contextlib import suppress
 from typing import Any, Final, Protocol, Union
 
 from nitro_vsock.errors import InvalidArgumentError, ProxyError
+from nitro_vsock.signals import no_sigpipe
 from nitro_vsock.sources import PathLike
+from nitro_vsock.transport import wrap_socket
 
 MAX_LINE: Final = 64 << 10
 """Bytes of a line that a callback gets at once; a longer one comes in pieces."""
@@ -29,6 +32,9 @@ TAIL_LINES: Final = 20
 
 _PIPE_BUF: Final = select.PIPE_BUF
 """A pipe that polls writable takes so many bytes without blocking (pipe(7))."""
+
+_PTMX: Final = os.makedev(5, 2)
+"""The other end of a pseudoterminal (pts(4))."""
 
 Target = Union[PathLike, int, Callable[[str], object], logging.Logger, Any]
 """A path, a descriptor, a callable that gets each line, a logger, or an object with `write`."""
@@ -95,12 +101,18 @@ def _duplicate(fd: int) -> int:
     everybody who shares it.
     """
     try:
-        mode = os.fstat(fd).st_mode
-        if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
+        found = os.fstat(fd)
+        if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise InvalidArgumentError("output", fd, "must be a descriptor open for writing")
+        if stat.S_ISFIFO(found.st_mode) or (
+            stat.S_ISCHR(found.st_mode) and found.st_rdev != _PTMX  # that would be a new terminal
+        ):
             with suppress(OSError):
                 flags = os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
                 return os.open(f"/proc/self/fd/{fd}", flags)
         return os.dup(fd)
+    except InvalidArgumentError:
+        raise
     except OSError as error:
         limit = f"must be an open descriptor ({error.strerror})"
         raise InvalidArgumentError("output", fd, limit) from None
@@ -113,10 +125,11 @@ class _Descriptor:
         self._fd = fd
         self._name = name
         mode = os.fstat(fd).st_mode
-        self._most = None if stat.S_ISREG(mode) or not os.get_blocking(fd) else _PIPE_BUF
+        self._is_file = stat.S_ISREG(mode)
+        self._most = None if self._is_file or not os.get_blocking(fd) else _PIPE_BUF
         self._socket = None
         if stat.S_ISSOCK(mode):
-            self._socket = socket.socket(fileno=fd)
+            self._socket = wrap_socket(fd)
             self._most = None
 
     def write(self, data: memoryview) -> int:
@@ -141,8 +154,11 @@ class _Descriptor:
         return bool(poll.poll(0))
 
     def _write(self, data: memoryview) -> int:
-        if self._socket is None:
+        if self._is_file:
             return os.write(self._fd, data)
+        if self._socket is None:
+            with no_sigpipe():
+                return os.write(self._fd, data)
         return self._socket.send(data, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
 
     def fileno(self) -> int:
@@ -169,7 +185,9 @@ class _FileObject:
     def __init__(self, file: Any) -> None:
         self._file = file
         decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
-        self._decode = decoder.decode if isinstance(file, io.TextIOBase) else None
+        # Wrappers as those of tempfile and codecs are no TextIOBase.
+        is_text = isinstance(file, io.TextIOBase) or hasattr(file, "encoding")
+        self._decode = decoder.decode if is_text else None
 
     def write(self, data: memoryview) -> int:
         try:
@@ -189,7 +207,8 @@ class _FileObject:
             wrote = self._file.write(bytes(data[done:]))
             if wrote is None and isinstance(self._file, io.RawIOBase):
                 raise BlockingIOError(errno.EAGAIN, "a file object that does not block is full")
-            done = done + wrote if isinstance(wrote, int) else len(data)
+            is_part = type(wrote) is int and 0 < wrote < len(data) - done
+            done = done + wrote if is_part else len(data)
 
     def fileno(self) -> int:
         return -1
@@ -218,16 +237,25 @@ class _Lines:
         self._rest = b""
 
     def write(self, data: memoryview) -> int:
-        *lines, self._rest = (self._rest + data).split(b"\n")
+        *lines, rest = (self._rest + data).split(b"\n")
+        self._rest = b""  # where the callable raises, it is not called again
         for line in lines:
-            self._tell(line)
-        while len(self._rest) >= MAX_LINE:
-            self._tell(self._rest[:MAX_LINE])
-            self._rest = self._rest[MAX_LINE:]
+            self._tell_in_pieces(line.removesuffix(b"\r"), 0)
+        # One byte more may be a carriage return, which belongs to the line's end.
+        self._rest = self._tell_in_pieces(rest, 1)
         return len(data)
 
-    def _tell(self, line: bytes) -> None:
-        self._call(text_of(line))
+    def _tell_in_pieces(self, line: bytes, spare: int) -> bytes:
+        """Tell a line; with `spare` only what is too long for a piece, and return the rest."""
+        while len(line) > MAX_LINE + spare:
+            cut = MAX_LINE
+            while cut > MAX_LINE - 3 and line[cut] & 0xC0 == 0x80:  # within a character of UTF-8
+                cut -= 1
+            self._call(text_of(line[:cut]))
+            line = line[cut:]
+        if not spare:
+            self._call(text_of(line))
+        return line
 
     def fileno(self) -> int:
         return -1
@@ -235,12 +263,12 @@ class _Lines:
     def close(self) -> None:
         rest, self._rest = self._rest, b""
         if rest:
-            self._tell(rest)
+            self._tell_in_pieces(rest.removesuffix(b"\r"), 0)
 
 
 def text_of(line: bytes) -> str:
-    """Return a line as text: a carriage return at its end goes, other bytes are escaped."""
-    return line.removesuffix(b"\r").decode("utf-8", "backslashreplace")
+    """Return a line as text: bytes that are not UTF-8 are escaped."""
+    return line.decode("utf-8", "backslashreplace")
 
 
 class Tail:
@@ -263,4 +291,4 @@ class Tail:
             lines.pop()
         if self._cut and len(lines) > 1:
             lines = lines[1:]
-        return tuple(map(text_of, lines[-TAIL_LINES:]))
+        return tuple(text_of(line.removesuffix(b"\r")) for line in lines[-TAIL_LINES:])

@@ -239,6 +239,26 @@ class WakeUp:
             _close_fd(fd)
 
 
+def wrap_socket(fd: int) -> socket.socket:
+    """Return a socket object around a descriptor, which closes it. It does not change it.
+
+    Raises:
+        OSError: it is no socket; the descriptor is closed.
+    """
+    try:
+        blocking = os.get_blocking(fd)
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        os.close(fd)
+        raise
+    if (
+        sock.gettimeout() is not None
+    ):  # socket.setdefaulttimeout: it would wait, and has changed the flag
+        sock.settimeout(None)
+        os.set_blocking(fd, blocking)
+    return sock
+
+
 class Holder:
     """Something that is used by one thread at a time and can be closed from any.
 
@@ -435,7 +455,7 @@ class Listener(Holder):
                 if found is None:
                     return None
                 fd, peer = found
-                connection = socket.socket(self.address.family, socket.SOCK_STREAM, fileno=fd)
+                connection = wrap_socket(fd)
                 if (
                     want_cid is None
                     or self.address.family != socket.AF_VSOCK
