@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from nitro_vsock._lib import FlowState
-from nitro_vsock.errors import InvalidArgumentError, ProxyError, ReturnCodeError, Stage, require_int
+from nitro_vsock.errors import InvalidArgumentError, ProxyError, ReturnCodeError, require_int
 from nitro_vsock.frames import AppOutput, NetworkProxy
 from nitro_vsock.loop import READABLE, WRITABLE, EventLoop, Relay
 from nitro_vsock.outputs import Output, Tail, Target, open_output
 from nitro_vsock.protocol import VMADDR_CID_HYPERVISOR, VsockPortOffset
 from nitro_vsock.sources import PathLike
-from nitro_vsock.transport import Address, UnixAddress
+from nitro_vsock.transport import Address, UnixAddress, wrap_socket
 
 logger = logging.getLogger("nitro_vsock")
 
@@ -199,19 +199,19 @@ def _connect(path: PathLike) -> socket.socket:
 def _adopt(fd: int) -> socket.socket:
     limit = "must be a connected Unix stream socket"
     try:
-        backend = socket.socket(fileno=os.dup(fd))
+        backend = wrap_socket(os.dup(fd))
     except OSError as error:
         raise InvalidArgumentError("backend", fd, f"{limit} ({error.strerror})") from None
     try:
         if (backend.family, backend.type) != (socket.AF_UNIX, socket.SOCK_STREAM):
             raise InvalidArgumentError("backend", fd, limit)
         backend.getpeername()
+    except InvalidArgumentError:
+        backend.close()
+        raise
     except OSError as error:
         backend.close()
         raise InvalidArgumentError("backend", fd, f"{limit} ({error.strerror})") from None
-    except BaseException:
-        backend.close()
-        raise
     return backend
 
 
@@ -226,6 +226,7 @@ class NetService:
         """The guest's MTU + 14; 0 until it said so."""
         self._backend = backend
         self._blocking = os.get_blocking(backend.fileno())
+        self._needed = True
         self._header = b""
         self._relay: Relay | None = None
         self._connection: socket.socket | None = None
@@ -260,7 +261,6 @@ class NetService:
             raise ProxyError(
                 "the guest closed its network connection before it said its MTU",
                 errno=errno.ECONNRESET,
-                stage=Stage.RUN,
             )
         self.frame_bytes = _FRAME.unpack(self._header)[0]
         if not MIN_FRAME <= self.frame_bytes <= MAX_FRAME:
@@ -268,14 +268,19 @@ class NetService:
                 f"the guest's largest frame must be {MIN_FRAME} to {MAX_FRAME} bytes, "
                 f"it says {self.frame_bytes}",
                 errno=errno.EBADMSG,
-                stage=Stage.RUN,
             )
         self._relay = self._loop.relay(self._connection, self._backend, self._look)
 
+    def program_ended(self) -> None:
+        """From now on the backend may end too."""
+        self._needed = False
+
     def _look(self, relay: Relay) -> None:
         """The guest may end; a backend that does leaves it without a network."""
-        if relay.there.state in (FlowState.ENDED, FlowState.FROM_FAILED) or (
-            relay.back.state is FlowState.TO_FAILED
+        if (
+            not self._needed
+            or relay.there.state in (FlowState.ENDED, FlowState.FROM_FAILED)
+            or (relay.back.state is FlowState.TO_FAILED)
         ):
             relay.close()
             return
@@ -285,7 +290,6 @@ class NetService:
         raise ProxyError(
             f"the network backend closed its connection: {os.strerror(code)}",
             errno=code,
-            stage=Stage.RUN,
         )
 
     def close(self) -> None:
@@ -314,9 +318,13 @@ class SignalHandler:
         Raises:
             InvalidArgumentError: no signal, or one that cannot be handled.
         """
-        self.signals: tuple[int, ...] = tuple(signals)
+        try:
+            self.signals: tuple[int, ...] = tuple(signals)
+        except TypeError:
+            raise InvalidArgumentError("signals", signals, "must be a list of signals") from None
+        usable = signal.valid_signals() - {signal.SIGKILL, signal.SIGSTOP}
         for number in self.signals:
-            if number not in signal.valid_signals() or number in (signal.SIGKILL, signal.SIGSTOP):
+            if not isinstance(number, int) or number not in usable:
                 raise InvalidArgumentError("signals", number, "must be signals with a handler")
 
     def arg(self) -> None:
@@ -338,8 +346,8 @@ class SignalService:
         """The guest has closed its end."""
         self.written = 0
         """Signals written."""
-        self._due = 0
         self._unsent = b""
+        self._sent = 0
         self._connection: socket.socket | None = None
 
     @property
@@ -374,7 +382,6 @@ class SignalService:
 
     def send(self) -> None:
         """Write one SIGTERM, now or as soon as the guest is connected."""
-        self._due += 1
         self._unsent += _INT.pack(signal.SIGTERM)
         if self._connection is not None and not self.gone:
             self._write()
@@ -389,7 +396,8 @@ class SignalService:
         except OSError:  # it is closing: nothing is left to be ended
             sent, self._unsent = 0, b""
         self._unsent = self._unsent[sent:]
-        self.written = self._due - -(-len(self._unsent) // _INT.size)
+        self._sent += sent
+        self.written = self._sent // _INT.size
         if had and not self.gone:
             self._watch()
 
@@ -408,13 +416,11 @@ class WaitStatus:
     status: int
 
     def __post_init__(self) -> None:
-        if not (os.WIFEXITED(self.status) or os.WIFSIGNALED(self.status)) or not (
-            0 <= self.status <= 0xFFFF
-        ):
+        exited = 0 <= self.status <= 0xFFFF and self.status & 0xFF == 0
+        if not exited and not (0 < self.status <= 0xFF and 0 < self.status & 0x7F < signal.NSIG):
             raise ReturnCodeError(
                 f"the guest reported {self.status:#x}, which is no wait status of an ended program",
                 errno=errno.EBADMSG,
-                stage=Stage.RUN,
             )
 
     @property
@@ -494,7 +500,6 @@ class ReturnCodeService:
                     f"the guest closed its return code connection after {len(self._got)} of "
                     f"{_INT.size} bytes: the program's end is unknown",
                     errno=errno.ECONNRESET,
-                    stage=Stage.RUN,
                 )
         elif self.status is None:
             self._got += got

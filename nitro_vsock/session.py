@@ -9,10 +9,12 @@ import errno
 import logging
 import socket
 import threading
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Final, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Final, NoReturn, TypeVar
 
 from nitro_vsock import signals
 from nitro_vsock._lib import FOREVER_NS, Guard
@@ -20,6 +22,7 @@ from nitro_vsock.deadline import DEFAULT_TIMEOUT, Deadline, Timeout
 from nitro_vsock.devices import (
     Console,
     ConsoleService,
+    NetService,
     OutputProxy,
     OutputService,
     ReturnCode,
@@ -55,6 +58,9 @@ from nitro_vsock.writer import (
     service_address,
 )
 
+if TYPE_CHECKING:
+    import asyncio
+
 logger = logging.getLogger("nitro_vsock")
 output_logger: Final = logging.getLogger("nitro_vsock.output")
 
@@ -75,7 +81,28 @@ _BUILT_IN: Final = {
 }
 """Services the session itself has to do with: only these proxies, or subclasses of theirs."""
 
+_FLAGS: Final = {
+    VsockPortOffset.NET: NetworkProxy(),
+    VsockPortOffset.APP_OUTPUT: AppOutput(),
+}
+"""Services that the guest connects to where it was told so only."""
+
 _Service = TypeVar("_Service", bound=DeviceService)
+
+
+@contextmanager
+def _woken_by_signals(loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+    """See to it that a signal's handler runs at once while the loop waits."""
+    pipe = signals.WakeUpPipe()
+    try:
+        if pipe.fileno() >= 0:
+            loop.add_reader(pipe.fileno(), pipe.clear)
+        yield
+    finally:
+        if pipe.fileno() >= 0:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.remove_reader(pipe.fileno())
+        pipe.close()
 
 
 @dataclass(frozen=True)
@@ -136,6 +163,10 @@ def _complete(writer: EnclaveArgsWriter) -> list[SessionProxy]:
     if NetworkProxy() in writer.args and VsockPortOffset.NET not in found:
         limit = "needs a NetProxy among the proxies: the guest would wait for ever"
         raise InvalidArgumentError("network_proxy", True, limit)
+    for offset, flag in _FLAGS.items():
+        if offset in found and flag not in writer.args:
+            limit = f"its arg() must return {flag}: the guest would not connect"
+            raise InvalidArgumentError("proxies", found[offset], limit)
     if AppOutput() in writer.args and VsockPortOffset.APP_OUTPUT not in found:
         found[VsockPortOffset.APP_OUTPUT] = OutputProxy(output_logger)
     found.setdefault(VsockPortOffset.SIGNAL_HANDLER, SignalHandler())
@@ -243,6 +274,8 @@ class EnclaveSession(Holder):
         if any(isinstance(proxy, Console) for proxy in proxies):
             most = _LAST_PORT - VsockPortOffset.CONSOLE
             require_int("cid", cid, MIN_CID, most, "the console's port is CID + 10000")
+        for proxy in proxies:  # before a proxy empties a file
+            service_address(cid, VsockPortOffset(proxy.port_offset), uds_path)
         with ExitStack() as stack:
             wake_up = WakeUp()
             stack.callback(wake_up.close)
@@ -266,10 +299,10 @@ class EnclaveSession(Holder):
                 if not isinstance(port.service, ConsoleService):
                     port.listener = _bind(cid, port.offset, uds_path, wake_up)
                     stack.callback(port.listener.close)
-            self._console_address: Address = service_address(cid, VsockPortOffset.CONSOLE, uds_path)
             stack.pop_all()
         super().__init__(wake_up)
         self.cid = cid
+        self._uds_path = uds_path
         self.timeouts = timeouts
         self.launch_report: LaunchReport | None = None
         """What the launch did, once it is done."""
@@ -277,10 +310,12 @@ class EnclaveSession(Holder):
         self._rootfs_bytes = self._launch.rootfs_bytes
         self._loop = EventLoop()
         self._stage = Stage.ACCEPT
-        self._terminations = 0
+        self._asked: deque[None] = deque()
+        """Calls of `terminate`: appending is atomic, among threads and signal handlers."""
         self._forwarded = 0
         self._stop_ns = FOREVER_NS
         self._spent = False
+        self._is_dead = False
         self._signal = self._service(SignalService)
         self._code = self._service(ReturnCodeService)
         self._signals = next(p.signals for p in proxies if isinstance(p, SignalHandler))
@@ -299,10 +334,9 @@ class EnclaveSession(Holder):
     @property
     def last_output(self) -> tuple[str, ...]:
         """The last lines of output, or of the console where there is none; 20 at most."""
-        for kind in (OutputService, ConsoleService):
-            for port in self._ports:
-                if type(port.service) is kind and (lines := port.service.tail.lines()):
-                    return lines
+        for service in sorted(self._outputs(), key=lambda s: isinstance(s, ConsoleService)):
+            if lines := service.tail.lines():
+                return lines
         return ()
 
     @property
@@ -317,7 +351,7 @@ class EnclaveSession(Holder):
         runs that could end by itself. A SIGTERM that reaches a guest which has not started its
         program yet is lost there; `SessionTimeouts.stop` bounds the waiting.
         """
-        self._terminations += 1
+        self._asked.append(None)
         if self._stage is Stage.ACCEPT:
             self._launch.cancel()
         self._nudge.set()
@@ -367,6 +401,10 @@ class EnclaveSession(Holder):
                 with signals.lent(self._signals, lambda _: self.terminate()):
                     return self._run(enclave_fd, watch_fd, progress)
             except NitroVsockError as error:
+                if self._stage is Stage.ACCEPT:
+                    self._slurp()
+                if error.stage is None:  # of a service, which does not know
+                    error.stage = self._launch.stage if self._stage is Stage.ACCEPT else self._stage
                 error.last_output = self.last_output
                 logger.debug("session for CID %d failed: %s", self.cid, error)
                 raise
@@ -409,7 +447,7 @@ class EnclaveSession(Holder):
 
         thread = threading.Thread(target=work, name=f"nitro_vsock session {self.cid}")
         cancelled: asyncio.CancelledError | None = None
-        with signals.lent(self._signals, lambda _: self.terminate()):
+        with signals.lent(self._signals, lambda _: self.terminate()), _woken_by_signals(loop):
             thread.start()
             try:
                 while not done.is_set():
@@ -422,11 +460,15 @@ class EnclaveSession(Holder):
                 if not done.is_set():  # the coroutine is being thrown away
                     self.cancel()
                 thread.join()
+        result = outcome.pop()
         if cancelled is not None:
-            raise cancelled
-        if isinstance(outcome[0], BaseException):
-            raise outcome[0]
-        return outcome[0]
+            result = cancelled
+        if isinstance(result, BaseException):
+            try:
+                raise result
+            finally:
+                del result, cancelled  # the traceback has this frame
+        return result
 
     def close(self) -> None:
         """Close now, or as soon as a running call has been woken. From any thread, repeatedly."""
@@ -461,8 +503,11 @@ class EnclaveSession(Holder):
         """Look around while the launch is sent: the console, connections of strangers."""
         for port in self._ports:
             if isinstance(port.service, ConsoleService):
-                port.service.attempt(self._console_address, self._loop)
+                port.service.attempt(self._address(port.offset), self._loop)
         self._loop.poll()
+
+    def _address(self, offset: int) -> Address:
+        return service_address(self.cid, VsockPortOffset(offset), self._uds_path)
 
     def _listen(self, port: _Port, listener: Listener) -> None:
         def arrived(_events: int) -> None:
@@ -488,6 +533,9 @@ class EnclaveSession(Holder):
         limit = Deadline(FOREVER_NS) if run is None else Deadline.after(run)
         self._wait(guard, limit, lambda: self._code.status is not None)
         self._stage = Stage.DRAIN
+        for port in self._ports:
+            if isinstance(port.service, NetService):
+                port.service.program_ended()
         status = self._code.status
         assert status is not None  # noqa: S101 - waited for
         complete = self._drain(guard, self._output_finished)
@@ -524,18 +572,16 @@ class EnclaveSession(Holder):
                 vanished_ns = Deadline.after(self.timeouts.drain).ns
             guard.wait.deadline_ns = min(limit.ns, self._stop_ns, vanished_ns)
             code = self._loop.run_once(guard)
+            if code in (errno.ECANCELED, errno.EOWNERDEAD, errno.ETIME):
+                self._slurp()
             if code == errno.ECANCELED:
-                self._slurp()
-                self._end(errno.ECANCELED)
-            if code == errno.EOWNERDEAD:
-                self._slurp()
-                if not done():
-                    self._end(errno.EOWNERDEAD)
-            if code == errno.ETIME:
+                self._end(code)
+            if code == errno.EOWNERDEAD and not done():
+                self._end(code)
+            if code == errno.ETIME and not done():
                 self._expire(min(limit.ns, self._stop_ns), vanished_ns)
 
     def _expire(self, limit_ns: int, vanished_ns: int) -> NoReturn:
-        self._slurp()
         if vanished_ns < limit_ns:
             raise EnclaveDiedError(
                 "the guest closed its signal connection and reported no return code",
@@ -567,7 +613,7 @@ class EnclaveSession(Holder):
 
     def _forward(self) -> None:
         """Write the signals that `terminate` asked for."""
-        while self._forwarded < self._terminations:
+        while self._forwarded < len(self._asked):
             if self._forwarded == 0 and self.timeouts.stop is not None:
                 self._stop_ns = Deadline.after(self.timeouts.stop).ns
             self._forwarded += 1
@@ -577,7 +623,11 @@ class EnclaveSession(Holder):
         """Take what has come already, so that the last lines are the last."""
         for _ in range(_SLURPS):
             before = self._received()
-            self._loop.poll()
+            try:
+                self._loop.poll()
+            except NitroVsockError as error:  # why the session ends is known already
+                logger.debug("at the end of the session for CID %d: %s", self.cid, error)
+                continue
             if before == self._received():
                 return
 
@@ -593,23 +643,33 @@ class EnclaveSession(Holder):
     def _drain(self, guard: Guard, done: Callable[[], bool]) -> bool:
         """Serve until it is done, or until the guest had its time; return whether it is done.
 
-        Where an output's own target takes nothing, its end is waited for: the bytes are here, and
-        would be lost.
+        Time in which an output's own target took nothing is not the guest's; and what has come is
+        delivered, however long that takes: it would be lost. Only `SessionTimeouts.stop` ends that.
         """
-        limit = Deadline.after(self.timeouts.drain).ns
-        while not done():
+        began = time.monotonic_ns()
+        drain = Deadline.after(self.timeouts.drain).ns - began
+        limit = began + (0 if self._is_dead else drain)
+        over = False
+        while not done() and not (over and not self._is_blocked()):
             self._forward()
-            patient = FOREVER_NS if self._is_blocked() else limit
-            guard.wait.deadline_ns = min(patient, self._stop_ns)
+            # A program that ended just before the deadline for that has its drain all the same.
+            stop = max(self._stop_ns, began + drain)
+            since = time.monotonic_ns()
+            blocked = self._is_blocked()
+            guard.wait.deadline_ns = min(FOREVER_NS if blocked else limit, stop)
             code = self._loop.run_once(guard)
+            if blocked:
+                limit += time.monotonic_ns() - since
             if code == errno.ECANCELED:
                 self._end(code)
             if code == errno.EOWNERDEAD:
+                self._is_dead = True
                 guard.wait.watch_fd, limit = -1, 0
             if code == errno.ETIME:
-                self._slurp()
-                if not self._is_blocked() or guard.wait.deadline_ns == self._stop_ns:
+                if time.monotonic_ns() >= stop and self._is_blocked():
                     break
+                self._slurp()
+                over = True
         return done()
 
     def _hang_up(self) -> None:
