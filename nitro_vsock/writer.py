@@ -43,7 +43,7 @@ from nitro_vsock.frames import (
 from nitro_vsock.preflight import Finding, Severity, quick_preflight
 from nitro_vsock.preflight import preflight as full_preflight
 from nitro_vsock.progress import Meter, Progress
-from nitro_vsock.proxies import DeviceProxyList
+from nitro_vsock.proxies import DeviceProxy, DeviceProxyList
 from nitro_vsock.sources import OpenRootfs, PathLike, Rootfs
 from nitro_vsock.transport import (
     Address,
@@ -158,7 +158,7 @@ class EnclaveArgsWriter:
         argv: Iterable[Text],
         envp: Environment,
         *,
-        proxies: DeviceProxyList | None = None,
+        proxies: Iterable[DeviceProxy] | None = None,
         network_proxy: bool = False,
         app_output: bool = False,
     ) -> None:

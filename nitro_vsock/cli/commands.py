@@ -216,13 +216,13 @@ def pack(settings: Settings, rootfs: str, out: str, exclude: tuple[str, ...]) ->
         output.print_result(settings, {"output": out, "bytes": source.length}, lines)
 
 
-@cli.command(epilog=EPILOG)
+@cli.command(epilog=EPILOG, context_settings=LAUNCH_SETTINGS)
 @click.option(
     "--rootfs",
     type=click.Path(path_type=Path),
     metavar="DIR|TAR",
     help="A directory that is to be /, or a plain tar.  [default: made of Python's standard "
-    "library]",
+    "library, and a program]",
 )
 @click.option(
     "--size",
@@ -232,16 +232,27 @@ def pack(settings: Settings, rootfs: str, out: str, exclude: tuple[str, ...]) ->
 )
 @timeout_option
 @global_options
+@click.argument("argv", nargs=-1, type=click.UNPROCESSED)
 @click.pass_obj
-def demo(settings: Settings, rootfs: Path | None, size: int | None, timeout: float) -> None:
+def demo(
+    settings: Settings,
+    rootfs: Path | None,
+    size: int | None,
+    timeout: float,
+    argv: tuple[str, ...],
+) -> None:
     """Do a whole launch on this machine, without an enclave.
 
-    A second process is the guest. It is reached over AF_VSOCK where loopback answers (module
-    vsock_loopback), else over a Unix socket.
+    A second process is the guest: it unpacks the root file system and runs a program in it, ARGV
+    with --rootfs. Without ARGV a --rootfs or --size is only sent, to a reader that computes its
+    digest. The guest is reached over AF_VSOCK where loopback answers (module vsock_loopback), else
+    over a Unix socket.
     """
     if rootfs is not None and size is not None:
         raise click.UsageError("--rootfs and --size exclude each other")
-    outcome = demonstration.run(settings, rootfs, size, timeout)
+    if argv and rootfs is None:
+        raise click.UsageError("a program needs --rootfs, where it is")
+    outcome = demonstration.run(settings, rootfs, size, argv, timeout)
     report, memory, received = outcome.report, outcome.memory, outcome.received
     grown = f"{output.format_bytes(memory['grown'])} of it during the transfer"
     if not memory["reset"]:
@@ -255,8 +266,10 @@ def demo(settings: Settings, rootfs: Path | None, size: int | None, timeout: flo
             "sha256": outcome.sha256,
             "digests_agree": True,
             "sender_memory": memory,
+            **demonstration.describe_program(outcome),
         },
         [
+            *demonstration.show_program(outcome),
             "The guest got",
             *(f"  {line}" for line in output.describe_args(EnclaveArgs(**received))),
             "The sender",

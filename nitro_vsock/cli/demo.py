@@ -1,4 +1,4 @@
-"""Owns: the demonstration: a reader in a process of its own, a launch to it, what both saw.
+"""Owns: the demonstration: a guest in a process of its own, a launch to it, what both saw.
 
 Must not know: the options, how progress and results look.
 """
@@ -11,7 +11,6 @@ import os
 import secrets
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -21,18 +20,22 @@ from pathlib import Path
 from typing import Any, Final
 
 from nitro_vsock import errors
-from nitro_vsock.cli import samples
+from nitro_vsock.cli import child, samples
 from nitro_vsock.cli.doctor import loopback_problem, strategies
 from nitro_vsock.cli.failures import DemoError
 from nitro_vsock.cli.memory import PeakMemory
 from nitro_vsock.cli.output import Settings, format_bytes, print_note, show_progress
 from nitro_vsock.cli.rootfs import choose_rootfs
+from nitro_vsock.devices import OutputProxy, SignalHandler
 from nitro_vsock.protocol import VMADDR_CID_LOCAL
+from nitro_vsock.proxies import DeviceProxyList
+from nitro_vsock.session import EnclaveSession, ExitStatus, SessionTimeouts
 from nitro_vsock.sources import Rootfs
 from nitro_vsock.transport import Strategy
 from nitro_vsock.writer import EnclaveArgsWriter, Launch, LaunchReport
 
-_ARGV: Final = ["/usr/bin/python3", "-c", "print('hello from the enclave')", "a name with spaces"]
+_ARGV: Final = ("/usr/bin/python3", "-c", "print('hello from the enclave')", "a name with spaces")
+"""What a launch hands over whose guest runs no program."""
 _ENVP: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "GREETING": "héllo"}
 _FOLDER_ON_DISK: Final = "/var/tmp"  # noqa: S108 - only a place for a TemporaryDirectory
 _BLAMES_THE_READER: Final = (
@@ -52,6 +55,9 @@ class Outcome:
         received: what the reader said, as `receive --json` does.
         memory: the sender's, see PeakMemory.measure.
         sha256: of the source, computed by the sender after the transfer.
+        program: what became of the program; None where none was run.
+        output: the lines it wrote.
+        isolation: what surrounded it, see GuestReport.
     """
 
     transport: str
@@ -59,60 +65,86 @@ class Outcome:
     received: dict[str, Any]
     memory: dict[str, int | bool]
     sha256: str
+    program: ExitStatus | None = None
+    output: tuple[str, ...] = ()
+    isolation: str | None = None
 
 
-def run(settings: Settings, rootfs: Path | None, size: int | None, timeout: float) -> Outcome:
-    """Send a root file system to a reader in another process.
+@dataclass(frozen=True)
+class _Plan:
+    """What to launch: an archive or directory, and a program to run in it, if any."""
+
+    rootfs: Path
+    argv: tuple[str, ...] = ()
+    status: int | None = None
+
+
+def run(
+    settings: Settings,
+    rootfs: Path | None,
+    size: int | None,
+    argv: tuple[str, ...],
+    timeout: float,
+) -> Outcome:
+    """Launch a root file system in another process, which runs a program in it.
 
     Args:
-        settings: with debug, the reader's log is shown too.
+        settings: with debug, the guest's log is shown too.
         rootfs: a directory or an archive, or None for one that is made here.
-        size: of the archive to make; None packs the standard library.
+        size: of the archive to make, without a program; None packs the standard library.
+        argv: a program in `rootfs`; empty: it is only sent.
         timeout: seconds for the launch.
 
     Raises:
         NitroVsockError: the sender failed.
-        DemoError: the reader failed, or the digests differ.
+        DemoError: the guest failed, the digests differ, or the program ended otherwise than told.
     """
     problem = loopback_problem()
     with (
         tempfile.TemporaryDirectory(prefix="nitro_vsock-", dir=_folder()) as folder,
-        _archive(rootfs, size, folder, socket.AF_UNIX if problem else socket.AF_VSOCK) as archive,
+        _plan(rootfs, size, argv, folder, socket.AF_UNIX if problem else socket.AF_VSOCK) as plan,
     ):
-        source = choose_rootfs(str(archive))
-        writer = EnclaveArgsWriter(
-            source, _ARGV[0], _ARGV, _ENVP, network_proxy=True, app_output=True
-        )
+        source = choose_rootfs(str(plan.rootfs))
         if problem is None:
             print_note("transport: AF_VSOCK, through loopback")
         else:
             print_note(f"transport: a Unix socket, since AF_VSOCK loopback is not here ({problem})")
         uds_path = None if problem is None else str(Path(folder, "v.sock"))
-        outcome = _launch(settings, writer, uds_path, timeout)
+        launch = _run_program if plan.argv else _send
+        outcome = launch(settings, source, plan, uds_path, timeout)
     arrived = outcome.received["rootfs_sha256"]
     if outcome.sha256 != arrived:
         raise DemoError(f"the digests differ: {outcome.sha256} was sent, {arrived} arrived")
+    ended = outcome.program
+    if ended is not None and plan.status not in (None, ended.exit_code):
+        raise DemoError(f"the program was told to exit with {plan.status}; it is said: {ended}")
     return outcome
 
 
 @contextmanager
-def _archive(
-    rootfs: Path | None, size: int | None, folder: str, family: socket.AddressFamily
-) -> Iterator[Path]:
-    """Give the path of what is to be sent, and say what it is."""
+def _plan(
+    rootfs: Path | None,
+    size: int | None,
+    argv: tuple[str, ...],
+    folder: str,
+    family: socket.AddressFamily,
+) -> Iterator[_Plan]:
+    """Give what is to be launched, and say what it is."""
     if rootfs is not None:
         print_note(f"root file system: {rootfs}")
-        yield rootfs
+        yield _Plan(rootfs, argv)
     elif size is None:
         archive = Path(folder, "rootfs.tar")
-        what = samples.pack_standard_library(archive)
-        print_note(f"root file system: {format_bytes(archive.stat().st_size)}, {what}")
-        yield archive
+        sample = samples.pack_sample(archive)
+        print_note(f"root file system: {format_bytes(archive.stat().st_size)}, {sample.what}")
+        if sample.problem:
+            print_note(f"no program is run, only sent: {sample.problem}")
+        yield _Plan(archive, sample.argv, sample.status if sample.argv else None)
     else:
         print_note(f"root file system: {format_bytes(size)} of zeros in a tar")
         mapped = strategies(family)["file"] == Strategy.MMAP
         with samples.zeros(size, folder, in_memory=not mapped) as archive:
-            yield archive
+            yield _Plan(archive)
 
 
 def _folder() -> str | None:
@@ -125,26 +157,25 @@ def _folder() -> str | None:
     return _FOLDER_ON_DISK
 
 
-def _launch(
-    settings: Settings,
-    writer: EnclaveArgsWriter,
-    uds_path: str | None,
-    timeout: float,
+def _cid() -> int:
+    """Return a random CID, so that demonstrations side by side do not meet."""
+    return 5000 + 5 * secrets.randbelow(1 << 28)  # above the privileged ports
+
+
+def _send(
+    settings: Settings, source: Rootfs, _plan: _Plan, uds_path: str | None, timeout: float
 ) -> Outcome:
-    # Random, so that demonstrations side by side do not meet; above the privileged ports.
-    cid = 5000 + 5 * secrets.randbelow(1 << 28)
+    """Launch to a reader that runs nothing."""
+    writer = EnclaveArgsWriter(source, _ARGV[0], _ARGV, _ENVP, network_proxy=True, app_output=True)
+    options = [f"--timeout={timeout}", "--strict"]
     with (
-        writer.listen(cid, uds_path=uds_path, peer_cid=VMADDR_CID_LOCAL) as launch,
-        _reader(settings, launch, uds_path, timeout) as reader,
+        writer.listen(_cid(), uds_path=uds_path, peer_cid=VMADDR_CID_LOCAL) as launch,
+        _other_side(settings, "receive", launch, uds_path, options) as reader,
     ):
-        try:
-            with show_progress("waiting for the reader") as show:
-                memory = PeakMemory()
-                report = launch.send(timeout, show)
-                measured = memory.measure()
-        except _BLAMES_THE_READER:
-            reader.result()  # says why it went away, where it knows
-            raise
+        with reader.to_blame(), show_progress("waiting for the reader") as show:
+            memory = PeakMemory()
+            report = launch.send(timeout, show)
+            measured = memory.measure()
         received = reader.result()
     return Outcome(
         transport="vsock" if uds_path is None else "unix",
@@ -152,7 +183,41 @@ def _launch(
         received=received,
         memory=measured,
         # Not earlier: it would take processor time from the transfer.
-        sha256=_digest(writer.rootfs),
+        sha256=_digest(source),
+    )
+
+
+def _run_program(
+    settings: Settings, source: Rootfs, plan: _Plan, uds_path: str | None, timeout: float
+) -> Outcome:
+    """Be the host of a guest that runs the program, until it has ended."""
+    lines: list[str] = []
+    writer = EnclaveArgsWriter(
+        *(source, plan.argv[0], plan.argv, _ENVP),
+        proxies=DeviceProxyList([OutputProxy(lines.append), SignalHandler(())]),
+    )
+    timeouts = SessionTimeouts(launch=timeout, services=timeout)
+    with (
+        EnclaveSession(
+            writer, _cid(), uds_path=uds_path, peer_cid=VMADDR_CID_LOCAL, timeouts=timeouts
+        ) as session,
+        _other_side(settings, "guest", session, uds_path, []) as guest,
+    ):
+        with guest.to_blame(), show_progress("waiting for the guest") as show:
+            memory = PeakMemory()
+            status = session.run_sync(progress=show)
+            measured = memory.measure()
+        found = guest.result()
+    assert status.launch is not None  # noqa: S101 - a session that ended has launched
+    return Outcome(
+        transport="vsock" if uds_path is None else "unix",
+        report=status.launch,
+        received=found["args"],
+        memory=measured,
+        sha256=_digest(source),
+        program=status,
+        output=tuple(lines),
+        isolation=found["isolation"],
     )
 
 
@@ -170,10 +235,13 @@ def _digest(rootfs: Rootfs) -> str:
     return digest.hexdigest()
 
 
-class _Reader:
-    """`nitro-vsock receive` in a process of its own."""
+class _OtherSide:
+    """`nitro-vsock receive` or `guest` in a process of its own."""
 
-    def __init__(self, process: subprocess.Popen[bytes], launch: Launch) -> None:
+    def __init__(
+        self, name: str, process: subprocess.Popen[bytes], launch: Launch | EnclaveSession
+    ) -> None:
+        self._name = name
         self._process = process
         self._launch = launch
         self._said = b""
@@ -196,10 +264,19 @@ class _Reader:
         try:
             details = json.loads(self._said)["error"]
         except ValueError:
-            message = f"the reader ended with exit code {code} and said nothing (try --debug)"
+            message = f"the {self._name} ended with exit code {code} and said nothing (try --debug)"
             raise DemoError(message) from None
-        details["message"] = f"the reader: {details['message']}"
+        details["message"] = f"the {self._name}: {details['message']}"
         raise DemoError(details["message"], code, details)
+
+    @contextmanager
+    def to_blame(self) -> Iterator[None]:
+        """Where it made the launch fail, let it say why."""
+        try:
+            yield
+        except _BLAMES_THE_READER:
+            self.result()
+            raise
 
     def end(self) -> None:
         """End it, whatever it is doing."""
@@ -208,32 +285,50 @@ class _Reader:
 
 
 @contextmanager
-def _reader(
-    settings: Settings, launch: Launch, uds_path: str | None, timeout: float
-) -> Iterator[_Reader]:
+def _other_side(
+    settings: Settings,
+    command: str,
+    launch: Launch | EnclaveSession,
+    uds_path: str | None,
+    options: list[str],
+) -> Iterator[_OtherSide]:
     where = ["--host-cid", str(VMADDR_CID_LOCAL)] if uds_path is None else ["--uds-path", uds_path]
-    process = subprocess.Popen(  # noqa: S603 - our own program, no shell
-        [
-            sys.executable,
-            "-m",
-            "nitro_vsock",
-            *(["--debug"] if settings.debug else []),
-            "receive",
-            f"--cid={launch.cid}",
-            *where,
-            f"--timeout={timeout}",
-            "--strict",
-            "--json",
-        ],
+    debug = ["--debug"] if settings.debug else []
+    process = child.start(
+        child.python_command(
+            *("nitro_vsock", *debug, command, f"--cid={launch.cid}", *where, *options, "--json")
+        ),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=None if settings.debug else subprocess.DEVNULL,
-        # A folder named nitro_vsock in the working directory must not be taken for the package.
-        cwd=Path(os.sep),
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
     )
-    reader = _Reader(process, launch)
+    other = _OtherSide("reader" if command == "receive" else command, process, launch)
     try:
-        yield reader
+        yield other
     finally:
-        reader.end()
+        other.end()
+
+
+def describe_program(outcome: Outcome) -> dict[str, Any]:
+    """Return what became of the program, for machines; nothing where none was run."""
+    if outcome.program is None:
+        return {}
+    return {
+        "program": {
+            "exit_code": outcome.program.exit_code,
+            "signal": outcome.program.signal,
+            "output": list(outcome.output),
+            "isolation": outcome.isolation,
+        }
+    }
+
+
+def show_program(outcome: Outcome) -> list[str]:
+    """Return the same for people."""
+    if outcome.program is None:
+        return []
+    return [
+        f"The program ran ({outcome.isolation}) and wrote",
+        *(f"  {line}" for line in outcome.output),
+        f"  {outcome.program}",
+    ]

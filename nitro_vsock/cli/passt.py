@@ -58,8 +58,13 @@ def passt(arguments: Sequence[str]) -> Iterator[socket.socket]:
             _end(process)
             if process.returncode:
                 said.seek(0)
-                text = said.read().decode("utf-8", "backslashreplace").strip()
-                print_note(f"passt ended with exit code {process.returncode}: {text}")
+                print_note(f"passt ended with exit code {process.returncode}: {_why(said.read())}")
+
+
+def _why(said: bytes) -> str:
+    """Return the first line that is not about the system's log, which containers lack."""
+    lines = said.decode("utf-8", "backslashreplace").splitlines()
+    return next((line for line in lines if line and "syslog" not in line), "it said nothing")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -3,32 +3,74 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import sysconfig
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
 import click
 
 _LEFT_OUT: Final = frozenset({"__pycache__", "site-packages", "dist-packages", "test"})
+_PROGRAM: Final = "/bin/hello"
+_STATUS: Final = 42
 _BLOCK: Final = tarfile.BLOCKSIZE
 _MIB: Final = 1 << 20
 
 
-def pack_standard_library(path: Path) -> str:
-    """Write a tar with the running Python's standard library, less its tests; say what it is."""
+@dataclass(frozen=True)
+class Sample:
+    """A root file system to launch.
+
+    Attributes:
+        what: it is, for people.
+        argv: of a program in it; empty where there is none that could run.
+        status: what that program is told to exit with.
+        problem: why there is no program.
+    """
+
+    what: str
+    argv: tuple[str, ...] = ()
+    status: int = 0
+    problem: str = ""
+
+
+def compile_program(path: Path) -> str:
+    """Compile a small static program; return why that cannot be done, or nothing."""
+    compiler = shutil.which("cc") or shutil.which("gcc")
+    if compiler is None:
+        return "there is no C compiler"
+    source = Path(__file__).with_name("hello.c")
+    command = [compiler, "-static", "-O2", "-o", str(path), str(source)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+    return "" if done.returncode == 0 else f"{compiler} -static fails: {done.stderr.strip()[-200:]}"
+
+
+def pack_sample(path: Path) -> Sample:
+    """Write a tar with the running Python's standard library and a program that looks at it."""
     library = Path(sysconfig.get_path("stdlib"))
     if not library.is_dir():
         raise click.UsageError(
             "this Python has no standard library folder: give --rootfs or --size"
         )
+    program = path.with_name("hello")
+    problem = compile_program(program)
+    folder = f"/usr/lib/{library.name}"
     # GNU format: PAX, which is the default, stops the guest at a name that is not ASCII.
     with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
-        tar.add(library, arcname=f"rootfs/usr/lib/{library.name}", filter=_as_root)
+        tar.add(library, arcname=f"rootfs{folder}", filter=_as_root)
+        if not problem:
+            tar.add(program, arcname=f"rootfs{_PROGRAM}", filter=_as_root)
+            program.unlink()
         count = len(tar.getmembers())
-    return f"the standard library of {library.name}, {count:,} members"
+    what = f"the standard library of {library.name}, {count:,} members"
+    if problem:
+        return Sample(what, problem=problem)
+    return Sample(what, (_PROGRAM, str(_STATUS), folder), _STATUS)
 
 
 def _as_root(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
