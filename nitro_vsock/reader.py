@@ -120,7 +120,7 @@ class EnclaveArgsReader(Holder):
         """End a running `read_args`, or the next one, with LaunchCancelledError."""
         self._wake_up.set()
 
-    def _at(self, step: str) -> None:
+    def _at(self, step: str, args: EnclaveArgs | None = None) -> None:
         """Do nothing; for emulators: called at "connect", "handshake", "arguments", "finished"."""
 
     def read_args(
@@ -162,7 +162,7 @@ class EnclaveArgsReader(Holder):
                     stream.handshake(protocol.READY, guard)
                     self._at("arguments")
                     args = self._read(stream, guard, meter, store)
-                    self._at("finished")
+                    self._at("finished", args)
                     return args
 
     def _read(

@@ -294,12 +294,14 @@ class GuestEmulator(Holder):
 class _Reader(EnclaveArgsReader):
     """Says where it is."""
 
-    def __init__(self, at: Callable[[Point], None], cid: int, **options: Any) -> None:
+    def __init__(
+        self, at: Callable[[Point, EnclaveArgs | None], None], cid: int, **options: Any
+    ) -> None:
         super().__init__(cid, **options)
         self._say = at
 
-    def _at(self, step: str) -> None:
-        self._say(Point(step))
+    def _at(self, step: str, args: EnclaveArgs | None = None) -> None:
+        self._say(Point(step), args)
 
 
 class _Life:
@@ -336,7 +338,7 @@ class _Life:
         args = self._take_args(archive.fileno())
         sandbox = self._sandbox
         assert sandbox is not None  # noqa: S101 - made when the host was connected
-        self._note(args=args, isolation=sandbox.ready(self._wait))
+        self._note(isolation=sandbox.ready(self._wait))
         notes = sandbox.unpack(archive.fileno(), self._wait, tun=args.network_proxy)
         self._note(notes=tuple(notes))
         archive.close()
@@ -391,7 +393,8 @@ class _Life:
             finally:
                 guest._attend(None)
 
-    def _at_args(self, point: Point) -> None:
+    def _at_args(self, point: Point, args: EnclaveArgs | None) -> None:
+        self._note(args=args)
         self._at(point)
         if point is Point.ARGUMENTS:
             self._start_sandbox()  # it gets ready meanwhile
