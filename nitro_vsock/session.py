@@ -497,6 +497,7 @@ class EnclaveSession(Holder):
             guard.wait.tick_ns = FOREVER_NS
             return self._serve(guard)
         finally:
+            self._loop.unwatch(pipe.fileno())
             pipe.close()
 
     def _tick(self) -> None:

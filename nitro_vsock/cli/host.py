@@ -5,6 +5,7 @@ Must not know: how a session works, how an enclave is started.
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -38,6 +39,7 @@ _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _STDOUT: Final = 1
 _STDERR: Final = 2
+_ENDING: Final = b"nitro-vsock: ending the program; Ctrl-C once more ends this command\n"
 _BY_SIGNAL: Final = 128
 """A shell's exit code for a program that a signal ended is this much above the signal's number."""
 
@@ -144,8 +146,8 @@ def host(
                     timeouts=SessionTimeouts(launch=timeout, run=run_timeout, stop=stop_timeout),
                 )
             )
-            output.print_note(f"listening for CID {cid}")
             with _signals(session, arrived):
+                output.print_note(f"listening for CID {cid}")
                 status = session.run_sync(enclave_fd=enclave_fd)
         except errors.LaunchCancelledError as error:
             output.print_failure(settings, error)
@@ -167,6 +169,8 @@ def _signals(session: EnclaveSession, arrived: list[int]) -> Iterator[None]:
             raise KeyboardInterrupt
         arrived.append(number)
         session.terminate()
+        # Not print_note: this may have interrupted it.
+        os.write(_STDERR, _ENDING)
 
     before = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
