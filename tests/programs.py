@@ -81,6 +81,59 @@ SOURCES = {
             }
             return 0;
         }""",
+    # transfer ADDRESS PORT COUNT: sends COUNT bytes of flood's pattern over TCP, then takes as many
+    # of it; says "ok COUNT", or where the first difference is.
+    "transfer": r"""
+        #include <arpa/inet.h>
+        #include <netinet/in.h>
+        #include <stdint.h>
+        #include <stdio.h>
+        #include <stdlib.h>
+        #include <string.h>
+        #include <sys/socket.h>
+        #include <unistd.h>
+        #define WORDS (1 << 16)
+        static uint32_t ours[WORDS], theirs[WORDS];
+        static void pattern(uint64_t at) {
+            for (size_t i = 0; i < WORDS; i++) ours[i] = (uint32_t)(at / 4 + i) * 2654435761u;
+        }
+        int main(int argc, char **argv) {
+            uint64_t count = strtoull(argv[3], NULL, 10), at;
+            struct sockaddr_in to = {.sin_family = AF_INET};
+            int s = socket(AF_INET, SOCK_STREAM, 0);
+            (void)argc;
+            inet_pton(AF_INET, argv[1], &to.sin_addr);
+            to.sin_port = htons((uint16_t)atoi(argv[2]));
+            if (connect(s, (struct sockaddr *)&to, sizeof(to)) < 0) { perror("connect"); return 1; }
+            for (at = 0; at < count;) {
+                size_t size = sizeof(ours), sent = 0;
+                if (size > count - at) size = (size_t)(count - at);
+                pattern(at);
+                while (sent < size) {
+                    ssize_t n = write(s, (char *)ours + sent, size - sent);
+                    if (n <= 0) { perror("write"); return 1; }
+                    sent += (size_t)n;
+                }
+                at += size;
+            }
+            for (at = 0; at < count;) {
+                size_t size = sizeof(ours), got = 0;
+                if (size > count - at) size = (size_t)(count - at);
+                pattern(at);
+                while (got < size) {
+                    ssize_t n = read(s, (char *)theirs + got, size - got);
+                    if (n <= 0) { perror("read"); return 1; }
+                    got += (size_t)n;
+                }
+                if (memcmp(ours, theirs, size)) {
+                    printf("differs after %ju\n", (uintmax_t)at);
+                    return 1;
+                }
+                at += size;
+            }
+            printf("ok %ju\n", (uintmax_t)at);
+            return at != count;
+        }""",
     # look: what a program sees around it, a line each.
     "look": r"""
         #include <dirent.h>
