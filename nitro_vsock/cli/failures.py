@@ -40,7 +40,7 @@ MEANING: Final = {
     ExitCode.DEADLINE: "the deadline passed",
     ExitCode.PEER: "the peer: closed, another CID, wrong ready byte, read or write failed",
     ExitCode.SOURCE: "the root file system could not be read, ended early or changed",
-    ExitCode.PROTOCOL: "receive: the bytes break the protocol or a rule of the guest",
+    ExitCode.PROTOCOL: "receive, guest: the bytes break the protocol or a rule of the guest",
     ExitCode.ENCLAVE_DIED: "the enclave died",
     ExitCode.UNSUPPORTED: "this kernel has no AF_VSOCK",
     ExitCode.PREFLIGHT: "check, send: the guest would fail on this launch; nothing was sent",
