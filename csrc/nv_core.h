@@ -126,7 +126,7 @@ struct nv_flow {
     uint64_t piped; /* bytes in the pipe */
     uint64_t moved; /* bytes the other socket took */
     uint64_t calls;
-    int32_t bulk;  /* 1: as much as the buffer holds came at once; splice */
+    int32_t bulk;  /* 1: as much as the buffer holds came at once; splice while much comes */
     int32_t state; /* enum nv_flow_state */
     int32_t error; /* positive errno value of a failed flow */
 };
@@ -274,8 +274,9 @@ int nv_recv(int fd, uint8_t *buf, uint64_t length, const struct nv_wait *w, uint
 /* Keep flows flowing until there is something to do for the caller. fds has room for NV_GUARDS +
  * nwatch + nflows entries; the caller fills in those from NV_GUARDS on, nwatch of them. Raises no
  * SIGPIPE and leaves the signal mask as it was. Returns 0 when a watched entry has an event or a
- * flow is not open any more, or what nv_wait_any returns. Without an event it makes no system
- * call. */
+ * flow is not open any more, or what nv_wait_any returns; -NV_E_TICK also after 50 ms in which
+ * bytes moved, since a signal that interrupts nothing must not wait. Without an event it makes no
+ * system call. */
 int nv_relay(struct nv_flow *const *flows, uint32_t nflows, struct pollfd *fds, uint32_t nwatch,
              const struct nv_wait *w);
 

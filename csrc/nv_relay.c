@@ -17,6 +17,12 @@
  * sleeps, since being woken takes longer than most answers. */
 #define SPIN_NS 50000
 
+/* Looks at the flows alone, while spinning, before everything else is looked at too. */
+#define LOOKS 8
+
+/* Longest that a call stays busy: a signal that interrupts no system call would wait otherwise. */
+#define BUSY_NS 50000000
+
 static int fail(struct nv_flow *f, int state, int64_t ret) {
     f->state = state;
     f->error = (int32_t)-ret;
@@ -27,27 +33,53 @@ static int is_held(const struct nv_flow *f) {
     return f->pos < f->end || f->piped > 0;
 }
 
+static int is_refusal(int64_t ret) {
+    return ret == -EINVAL || ret == -ENOSYS || ret == -EOPNOTSUPP;
+}
+
+/* The socket cannot be spliced to: take back what is in the pipe, as much as fits. */
+static int64_t unpipe(struct nv_flow *f) {
+    int64_t ret =
+        nv_sys_read(f->pipe_out, f->buf, (size_t)(f->piped < f->size ? f->piped : f->size));
+
+    f->pipe_in = -1;
+    if (ret > 0) {
+        f->pos = 0;
+        f->end = (uint64_t)ret;
+        f->piped -= (uint64_t)ret;
+    }
+    return ret;
+}
+
 /* Deliver what is held. Returns 1 when bytes moved, 0 when the socket is full, -1 when the flow
- * failed. */
+ * failed, -EINTR. */
 static int deliver(struct nv_flow *f) {
     int64_t ret;
 
     f->calls++;
-    if (f->pos < f->end)
-        ret = nv_sys_send(f->to, f->buf + f->pos, (size_t)(f->end - f->pos),
-                          MSG_DONTWAIT | MSG_NOSIGNAL);
-    else
+    if (f->pos == f->end && f->piped > 0) {
         ret =
             nv_sys_splice(f->pipe_out, f->to, (size_t)f->piped, SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
-    if (ret == -EAGAIN || ret == -EINTR)
+        if (ret > 0)
+            f->piped -= (uint64_t)ret;
+        else if (is_refusal(ret)) {
+            ret = unpipe(f);
+            if (ret > 0)
+                return deliver(f);
+        }
+    } else {
+        ret = nv_sys_send(f->to, f->buf + f->pos, (size_t)(f->end - f->pos),
+                          MSG_DONTWAIT | MSG_NOSIGNAL);
+        if (ret > 0)
+            f->pos += (uint64_t)ret;
+    }
+    if (ret == -EAGAIN)
         return 0;
-    if (ret < 0)
-        return fail(f, NV_FLOW_TO_FAILED, ret);
+    if (ret == -EINTR)
+        return -EINTR;
+    if (ret <= 0) /* 0: the pipe lacks what it was given */
+        return fail(f, NV_FLOW_TO_FAILED, ret < 0 ? ret : -EIO);
     f->moved += (uint64_t)ret;
-    if (f->pos < f->end)
-        f->pos += (uint64_t)ret;
-    else
-        f->piped -= (uint64_t)ret;
     return 1;
 }
 
@@ -61,12 +93,8 @@ static int finish(struct nv_flow *f) {
     return -1;
 }
 
-static int is_refusal(int64_t ret) {
-    return ret == -EINVAL || ret == -ENOSYS || ret == -EOPNOTSUPP;
-}
-
 /* Take more. Returns 1 when there is something to deliver, 0 when there is nothing to take now, -1
- * when the flow is not open any more. */
+ * when the flow is not open any more, -EINTR. */
 static int take(struct nv_flow *f) {
     int spliced = f->bulk && f->pipe_in >= 0;
     int64_t ret;
@@ -80,10 +108,10 @@ static int take(struct nv_flow *f) {
         f->pipe_in = -1;
         return take(f);
     }
-    if (ret == -EAGAIN || ret == -EINTR) {
-        f->bulk = 0;
+    if (ret == -EAGAIN)
         return 0;
-    }
+    if (ret == -EINTR)
+        return -EINTR;
     if (ret < 0)
         return fail(f, NV_FLOW_FROM_FAILED, ret);
     if (ret == 0)
@@ -99,87 +127,125 @@ static int take(struct nv_flow *f) {
     return 1;
 }
 
-/* Returns 1 when bytes moved. */
+/* Returns 1 when bytes moved, 0 when none did, -1 when the flow is not open any more, -EINTR. */
 static int run(struct nv_flow *f) {
-    int moved = 0;
+    uint64_t before = f->moved;
+    int ret = 0;
 
     for (int round = 0; round < ROUNDS; round++) {
-        int ret = is_held(f) ? 1 : take(f);
-
+        ret = is_held(f) ? 1 : take(f);
         if (ret > 0)
             ret = deliver(f);
         if (ret <= 0)
             break;
-        moved = 1;
         /* Whoever sends little waits for an answer: look at the other flows first. */
         if (!f->bulk && !is_held(f))
             break;
     }
-    return moved;
+    /* What poll calls readable and splice does not must be received, or it would be polled again
+     * and again. */
+    if (ret == 0 && f->moved == before && !is_held(f))
+        f->bulk = 0;
+    return ret < 0 ? ret : f->moved > before;
 }
 
-static int64_t relay(struct nv_flow *const *flows, uint32_t nflows, struct pollfd *fds,
-                     uint32_t nwatch, const struct nv_wait *w) {
-    struct pollfd *ours = fds + NV_GUARDS + nwatch;
-    struct nv_wait soon = *w;
-    int64_t spin_until = 0;
+/* What a relay call is doing. */
+struct relay {
+    struct nv_flow *const *flows;
+    uint32_t nflows;
+    uint32_t nwatch;
+    struct pollfd *fds;
+    const struct nv_wait *w;
+};
 
-    soon.tick_ns = 0;
+/* Wait for events of anything, or only look. Returns what nv_wait_any returns. */
+static int look(const struct relay *r, int only_look) {
+    struct pollfd *ours = r->fds + NV_GUARDS + r->nwatch;
+    struct nv_wait until = *r->w;
+
+    for (uint32_t i = 0; i < r->nflows; i++) {
+        const struct nv_flow *f = r->flows[i];
+        int held = is_held(f);
+
+        ours[i].fd = f->state != NV_FLOW_OPEN ? -1 : held ? f->to : f->from;
+        ours[i].events = held ? POLLOUT : POLLIN;
+        ours[i].revents = 0;
+    }
+    if (only_look)
+        until.tick_ns = 0;
+    return nv_wait_any(r->fds, NV_GUARDS + r->nwatch + r->nflows, &until);
+}
+
+/* Returns what nv_relay does. While bytes move, the flows are tried without being polled, and
+ * everything else is looked at in between; once nothing has moved for SPIN_NS, or in bulk, where
+ * the others need the processor more and larger portions are better, the thread sleeps. */
+static int relay(const struct relay *r) {
+    struct pollfd *ours = r->fds + NV_GUARDS + r->nwatch;
+    int64_t now = nv_sys_now_ns();
+    int64_t leave = now + BUSY_NS;
+    int64_t spin_until = 0;
+    unsigned looks = LOOKS;
+
     for (;;) {
+        int spinning = now < spin_until;
+        int looked = !spinning || ++looks >= LOOKS;
+        int moved = 0;
         uint32_t i;
-        int spinning = spin_until > 0;
         int ret;
 
-        for (i = 0; i < nflows; i++) {
-            const struct nv_flow *f = flows[i];
-            int held = is_held(f);
+        if (looked) {
+            int64_t before = now;
 
-            ours[i].fd = f->state != NV_FLOW_OPEN ? -1 : held ? f->to : f->from;
-            ours[i].events = held ? POLLOUT : POLLIN;
-            ours[i].revents = 0;
-        }
-        ret = nv_wait_any(fds, NV_GUARDS + nwatch + nflows, spinning ? &soon : w);
-        if (ret == -NV_E_TICK && spinning) {
-            int64_t now = nv_sys_now_ns();
-
-            if (now >= w->tick_ns)
+            looks = 0;
+            ret = look(r, spinning);
+            now = nv_sys_now_ns();
+            if (ret < 0 && (ret != -NV_E_TICK || now >= r->w->tick_ns))
                 return ret;
-            if (now >= spin_until)
-                spin_until = 0;
-            else
-                nv_sys_yield();
-            continue;
+            if (now - before >= BUSY_NS) /* it slept */
+                leave = now + BUSY_NS;
         }
-        if (ret < 0)
-            return ret;
-        for (i = 0; i < nflows; i++) {
-            if (ours[i].fd < 0 || !ours[i].revents)
+        for (i = 0; i < r->nflows; i++) {
+            struct nv_flow *f = r->flows[i];
+
+            if (f->state != NV_FLOW_OPEN)
                 continue;
-            if (run(flows[i]))
-                spin_until = nv_sys_now_ns() + SPIN_NS;
-            if (flows[i]->state != NV_FLOW_OPEN)
-                return 0;
+            if (looked ? !ours[i].revents : is_held(f))
+                continue;
+            ret = run(f);
+            if (ret > 0) {
+                moved = 1;
+                if (!f->bulk)
+                    spin_until = now + SPIN_NS;
+            }
+            if (ret < 0)
+                return f->state != NV_FLOW_OPEN ? 0 : ret;
         }
-        for (i = 0; i < nwatch; i++)
-            if (fds[NV_GUARDS + i].revents)
-                return 0;
-        ret = nv_check(w); /* what never waits must end in time too */
-        if (ret < 0)
-            return ret;
+        if (looked)
+            for (i = 0; i < r->nwatch; i++)
+                if (r->fds[NV_GUARDS + i].revents)
+                    return 0;
+        if (!moved && spinning)
+            nv_sys_yield();
+        now = nv_sys_now_ns();
+        if (now >= r->w->deadline_ns) /* what never waits must end in time too */
+            return -NV_E_DEADLINE;
+        if (now >= r->w->tick_ns || (now >= leave && (moved || now < spin_until)))
+            return -NV_E_TICK;
     }
 }
 
 int nv_relay(struct nv_flow *const *flows, uint32_t nflows, struct pollfd *fds, uint32_t nwatch,
              const struct nv_wait *w) {
+    const struct relay r = {flows, nflows, nwatch, fds, w};
     struct nv_sigpipe_guard guard;
-    int64_t ret;
+    int ret;
 
     if (nflows == 0)
         return nv_wait_any(fds, NV_GUARDS + nwatch, w);
     ret = nv_sigpipe_block(&guard);
     if (ret < 0)
-        return (int)ret;
-    ret = relay(flows, nflows, fds, nwatch, w);
+        return ret;
+    ret = relay(&r);
     nv_sigpipe_restore(&guard);
-    return (int)ret;
+    return ret;
 }
