@@ -352,8 +352,6 @@ class EnclaveSession(Holder):
         program yet is lost there; `SessionTimeouts.stop` bounds the waiting.
         """
         self._asked.append(None)
-        if self._stage is Stage.ACCEPT:
-            self._launch.cancel()
         self._nudge.set()
 
     def cancel(self) -> None:
@@ -404,7 +402,8 @@ class EnclaveSession(Holder):
                 if self._stage is Stage.ACCEPT:
                     self._slurp()
                 if error.stage is None:  # of a service, which does not know
-                    error.stage = self._launch.stage if self._stage is Stage.ACCEPT else self._stage
+                    launching = self._stage is Stage.ACCEPT
+                    error.stage = self._launch.meter.stage if launching else self._stage
                 error.last_output = self.last_output
                 logger.debug("session for CID %d failed: %s", self.cid, error)
                 raise
@@ -501,7 +500,15 @@ class EnclaveSession(Holder):
             pipe.close()
 
     def _tick(self) -> None:
-        """Look around while the launch is sent: the console, connections of strangers."""
+        """Look around while the launch is sent: the console, connections of strangers, SIGTERM."""
+        meter = self._launch.meter
+        if not self._asked:
+            return
+        if meter.stage is not Stage.CLOSE:  # then the guest may run its program
+            raise from_errno(errno.ECANCELED, meter.stage, bytes_sent=meter.done, total=meter.total)
+        self._begin_to_stop()
+        if time.monotonic_ns() >= self._stop_ns:
+            raise self._overdue(Stage.STOP)
         for port in self._ports:
             if isinstance(port.service, ConsoleService):
                 port.service.attempt(self._address(port.offset), self._loop)
@@ -589,14 +596,15 @@ class EnclaveSession(Holder):
                 errno=errno.EOWNERDEAD,
                 stage=self._stage,
             )
-        stopping = self._stop_ns == limit_ns
-        stage = Stage.STOP if stopping else self._stage
+        raise self._overdue(Stage.STOP if self._stop_ns == limit_ns else self._stage)
+
+    def _overdue(self, stage: Stage) -> SessionTimeoutError:
         what = {
             Stage.SERVICES: f"the guest did not connect to {self._missing()}",
             Stage.RUN: "the program has not ended",
             Stage.STOP: "the program has not ended after SIGTERM",
         }[stage]
-        raise SessionTimeoutError(
+        return SessionTimeoutError(
             f"the deadline passed: {what}", errno=errno.ETIMEDOUT, stage=stage
         )
 
@@ -612,11 +620,14 @@ class EnclaveSession(Holder):
         error.message += f" (stage {self._stage})"
         raise error
 
+    def _begin_to_stop(self) -> None:
+        if self._stop_ns == FOREVER_NS and self.timeouts.stop is not None:
+            self._stop_ns = Deadline.after(self.timeouts.stop).ns
+
     def _forward(self) -> None:
         """Write the signals that `terminate` asked for."""
         while self._forwarded < len(self._asked):
-            if self._forwarded == 0 and self.timeouts.stop is not None:
-                self._stop_ns = Deadline.after(self.timeouts.stop).ns
+            self._begin_to_stop()
             self._forwarded += 1
             self._signal.send()
 

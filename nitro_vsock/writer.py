@@ -443,7 +443,8 @@ class Launch(Holder):
         self._strict_peer = strict_peer
         self._strategy = strategy
         self._stream: Stream | None = None
-        self._meter: Meter | None = None
+        self.meter = Meter()
+        """How far `send` is, or was."""
         self._spent = False
         logger.debug("listening at %s for CID %d", address, cid)
 
@@ -455,11 +456,6 @@ class Launch(Holder):
     def rootfs_bytes(self) -> int:
         """Bytes of the root file system that is going to be sent."""
         return self._source.length
-
-    @property
-    def stage(self) -> Stage:
-        """What is going on, or was the last."""
-        return Stage.ACCEPT if self._meter is None else self._meter.stage
 
     def cancel(self) -> None:
         """End a running `send`, or the next one, with LaunchCancelledError."""
@@ -505,7 +501,7 @@ class Launch(Holder):
         with self._in_use():
             if self._spent:
                 raise ClosedError("this Launch has been used; listen again for another")
-            self._meter = meter = Meter(progress)
+            self.meter = meter = Meter(progress)
             self._spent = True
             guard = Guard(deadline, self._wake_up.fileno(), watch_fd, on_tick=on_tick)
             try:

@@ -10,6 +10,7 @@ import threading
 
 import pytest
 from archives import Archive, make_tar
+from sessions import Place
 
 from nitro_vsock import EnclaveArgsWriter, Rootfs
 
@@ -104,3 +105,9 @@ def nothing_leaks():
     assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask, "the signal mask was changed"
     with pytest.raises(ChildProcessError):
         os.waitpid(-1, os.WNOHANG)
+
+
+@pytest.fixture
+def place(uds):
+    """Where sessions meet their guests; test_vsock_session.py has another."""
+    return Place(CID, uds)
