@@ -68,6 +68,7 @@ SMALL_ROOTFS: Final = 60 << 10
 AF_VSOCK, whose first 4 KiB hold every length."""
 
 _PATH: Final = b"PATH="
+_FINISHED: Final = Finished().encode()
 
 
 @dataclass(frozen=True)
@@ -408,6 +409,35 @@ class _Phases:
         self.seconds[name], self.since = now - self.since, now
 
 
+class _Opening:
+    """What is ready before the guest connects, so that it need not wait for it to be made.
+
+    Attributes:
+        total: bytes of the whole launch, the ready byte apart.
+        parts: what is sent from memory before the root file system comes from its source; all there
+            is where that is small.
+        is_all: whether parts end with Finished.
+        data: the answer to the ready byte: its own, and the parts that may travel with it.
+    """
+
+    __slots__ = ("data", "is_all", "parts", "total")
+
+    def __init__(self, args: Sequence[EnclaveArg], source: OpenRootfs, strategy: Strategy) -> None:
+        """Encode, and read an archive that is small enough to travel in one send with the rest."""
+        packets = encode_packets([*args, RootFilesystem(source.length)])
+        self.total = sum(map(len, packets)) + source.length + len(_FINISHED)
+        self.parts = [(Stage.ARGUMENTS, packet) for packet in packets]
+        small = None
+        if strategy in (Strategy.AUTO, Strategy.SEND) and len(packets) == 1:
+            small = source.read_small(SMALL_ROOTFS)
+        self.is_all = bool(small)
+        together = self.parts[:1]
+        if small:
+            self.parts += [(Stage.ROOTFS, small), (Stage.FINISH, _FINISHED)]
+            together = self.parts
+        self.data = bytes([protocol.READY]) + b"".join(data for _, data in together)
+
+
 class Launch(Holder):
     """One launch: bound, waiting for its guest. Made by `EnclaveArgsWriter.listen`.
 
@@ -426,6 +456,7 @@ class Launch(Holder):
     ) -> None:
         """For `EnclaveArgsWriter.listen`."""
         self._closing = True
+        self._opening = _Opening(writer.args, source, strategy)
         wake_up = WakeUp()
         try:
             self._listener = Listener(address, wake_up)
@@ -437,7 +468,6 @@ class Launch(Holder):
         super().__init__(wake_up)
         self.cid = cid
         self.address = address
-        self._writer = writer
         self._source = source
         self._peer_cid = peer_cid
         self._strict_peer = strict_peer
@@ -516,20 +546,14 @@ class Launch(Holder):
 
     def _send(self, guard: Guard, meter: Meter, wait_closed: bool) -> LaunchReport:
         phases = _Phases()
-        packets = encode_packets([*self._writer.args, RootFilesystem(self._source.length)])
-        finished = Finished().encode()
-        meter.total = sum(map(len, packets)) + self._source.length + len(finished)
-        small = self._read_small(packets)
+        opening = self._opening
+        meter.total = opening.total
+        if opening.is_all:
+            self._source.verify()
         strategy = Strategy.SEND if isinstance(self._source.payload, memoryview) else Strategy.READ
-        at_once = [
-            *((Stage.ARGUMENTS, packet) for packet in packets),
-            *([(Stage.ROOTFS, small), (Stage.FINISH, finished)] if small else []),
-        ]
-        together = len(at_once) if small else 1
-        opening = bytes([protocol.READY]) + b"".join(data for _, data in at_once[:together])
 
         self._stream, sent, strangers = self._listener.admit(
-            opening, self._peer_cid, guard, strict=self._strict_peer
+            opening.data, self._peer_cid, guard, strict=self._strict_peer
         )
         phases.end("accept")
         logger.debug("%s connected; refused before: %s", self._stream.peer, strangers)
@@ -537,20 +561,20 @@ class Launch(Holder):
         meter.begin(Stage.ARGUMENTS)
         meter.done, meter.calls = sent - 1, 1
         skip = meter.done
-        for stage, data in at_once:
+        for stage, data in opening.parts:
             meter.stage = stage
             if skip < len(data):
                 self._stream.send(memoryview(data)[skip:], guard, meter)
             skip = max(skip - len(data), 0)
         phases.end("arguments")
 
-        if not small:
+        if not opening.is_all:
             meter.stage = Stage.ROOTFS
             strategy = self._send_rootfs(self._stream, guard, meter)
         phases.end("rootfs")
-        if not small:
+        if not opening.is_all:
             meter.stage = Stage.FINISH
-            self._stream.send(finished, guard, meter)
+            self._stream.send(_FINISHED, guard, meter)
         meter.stage = Stage.CLOSE
         if wait_closed:
             self._await_close(self._stream, guard, meter)
@@ -568,15 +592,6 @@ class Launch(Holder):
         )
         logger.debug("launch for CID %d done: %s", self.cid, report)
         return report
-
-    def _read_small(self, packets: Sequence[bytes]) -> bytes | None:
-        """Return an archive that is small enough to travel in one send with everything else."""
-        if self._strategy not in (Strategy.AUTO, Strategy.SEND) or len(packets) > 1:
-            return None
-        small = self._source.read_small(SMALL_ROOTFS)
-        if small:
-            self._source.verify()
-        return small
 
     def _send_rootfs(self, stream: Stream, guard: Guard, meter: Meter) -> Strategy:
         strategy = Strategy.SEND
