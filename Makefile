@@ -12,7 +12,7 @@ KERNEL ?= 6.1
 VM_FOLDER := build/vsock-$(KERNEL)
 VSOCK_TESTS := $(wildcard tests/test_vsock_*.py)
 
-.PHONY: help demo test test-vsock bench bench-quick bench-vsock report lint format clean
+.PHONY: help demo test test-vsock bench bench-unix bench-quick bench-vsock report lint format clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -35,21 +35,28 @@ test-vsock: $(VENV)/.vm ## the AF_VSOCK tests: here where CID 1 answers, else in
 
 PYTEST_BENCH := -m pytest -p no:cacheprovider --override-ini=addopts= --strict-markers --benchmark-columns=median
 RESULTS := build/bench
+NOW = $(shell date +%s)
 
-bench: $(VENV)/.bench ## every benchmark beside its peers, AF_VSOCK too; writes docs/performance.md
+bench: $(VENV)/.bench $(VENV)/.vm ## every benchmark beside its peers, AF_VSOCK too; writes docs/performance.md
+	rm -rf $(RESULTS)
+	failed=0; \
+	$(MAKE) bench-unix || failed=1; \
+	$(MAKE) bench-vsock KERNEL=6.1 || failed=1; \
+	$(MAKE) bench-vsock KERNEL=6.12 || failed=1; \
+	$(MAKE) report; \
+	exit $$failed
+
+bench-unix: $(VENV)/.bench ## the full benchmarks over Unix sockets; `make report` takes the newest of each
 	mkdir -p $(RESULTS)
-	$(BIN)/python $(PYTEST_BENCH) bench -m "not quick and not vsock" --benchmark-json=$(RESULTS)/unix.json $(ARGS)
-	$(MAKE) bench-vsock KERNEL=6.1
-	$(MAKE) bench-vsock KERNEL=6.12
-	$(BIN)/python bench/report.py $(RESULTS) docs
+	$(BIN)/python $(PYTEST_BENCH) bench -m "not quick and not vsock" --benchmark-json=$(RESULTS)/$(NOW).json $(ARGS)
 
 bench-quick: $(VENV)/.bench ## the benchmarks that CI runs, against their floors
 	$(BIN)/python $(PYTEST_BENCH) bench -m "not full and not vsock" --quick $(ARGS)
 
-bench-vsock: $(VENV)/.bench $(VENV)/.vm ## the AF_VSOCK benchmarks: here where CID 1 answers, else in a VM; KERNEL=
+bench-vsock: $(VENV)/.bench $(VENV)/.vm ## the AF_VSOCK ones: here where CID 1 answers, else in a VM; KERNEL=
 	mkdir -p $(RESULTS)
 	VNG=$(BIN)/vng KERNEL=$(KERNEL) scripts/with-loopback $(RESULTS)/vsock-$(KERNEL) $(BIN)/python \
-	  $(PYTEST_BENCH) bench -m vsock --benchmark-json=$(RESULTS)/vsock-$(KERNEL).json $(ARGS)
+	  $(PYTEST_BENCH) bench -m vsock --benchmark-json=$(RESULTS)/$(NOW).json $(ARGS)
 
 report: $(VENV)/.bench ## docs/performance.md and its pictures from the last `make bench`
 	$(BIN)/python bench/report.py $(RESULTS) docs

@@ -92,6 +92,18 @@ def compile_tools(folder):
     return "C"
 
 
+def compile_tree_reference(folder):
+    """Compile what the reference crate does with a directory; None without cargo and its crates."""
+    manifest = ("--locked", "--quiet", "--manifest-path", str(PEERS / "Cargo.toml"))
+    if shutil.which("cargo") is None or subprocess.run(["cargo", "fetch", *manifest]).returncode:
+        return None
+    target = folder / "cargo"
+    subprocess.run(
+        ["cargo", "build", "--release", "--offline", *manifest, "--target-dir", target], check=True
+    )
+    return target / "release" / "tree_reference"
+
+
 @dataclass
 class Arena:
     """A transport with everything that runs over it."""
@@ -106,12 +118,16 @@ class Arena:
         """What the reference's stand-in is written in."""
         return compile_tools(self.folder)
 
+    def address_at(self, port):
+        """Return where a sender listens."""
+        if self.transport == "unix":
+            return f"unix:{self.folder / 'v.sock'}_{port}"
+        return f"vsock:{senders.protocol.VMADDR_CID_ANY}:{port}"
+
     @property
     def address(self):
-        """Where senders listen."""
-        if self.transport == "unix":
-            return f"unix:{self.folder / 'v.sock'}_{PORT}"
-        return f"vsock:{senders.protocol.VMADDR_CID_ANY}:{PORT}"
+        """Where a sender listens that is alone."""
+        return self.address_at(PORT)
 
     def archive(self, size, *, wire=True):
         """Return an archive of this size, made once and kept."""
@@ -126,15 +142,16 @@ class Arena:
             if path:
                 path.unlink()
 
+    def guest(self, *options, port=PORT):
+        """Return the command of a guest that connects as soon as somebody listens."""
+        assert self.language  # compiles the guest
+        kind, _, where = self.address_at(port).partition(":")
+        where = f"--unix={where}" if kind == "unix" else f"--port={port}"
+        return [str(self.folder / "guest"), where, *options]
+
     def reader(self, *options):
-        """Return the guest's command for one launch."""
-        assert self.language
-        where = (
-            f"--unix={self.address.removeprefix('unix:')}"
-            if self.transport == "unix"
-            else f"--port={PORT}"
-        )
-        return [str(self.folder / "guest"), "--told", where, *options]
+        """Return the same for one launch at its time: it waits for a byte before it connects."""
+        return self.guest("--told", *options)
 
     def ours(self, archive, strategy=None):
         """Return the package as an entrant."""
@@ -144,30 +161,29 @@ class Arena:
     def _python(self, name, path):
         return child.python_command("nitro_vsock.cli.senders", name, self.address, str(path))
 
-    def _metered(self, name, *args):
-        assert self.language
+    def metered(self, name, *args):
+        """Return the command of a peer that does not say itself what it took."""
+        assert self.language  # compiles the meter
         return [str(self.folder / "meter"), str(name), *map(str, args)]
+
+    def reference(self, program, path):
+        """Return the command of a stand-in for the reference, which packs or reads `path` first."""
+        texts = [text.decode() for text in (*senders.ARGV, *senders.ENVP)]
+        where = (self.address, senders.EXEC_PATH.decode(), path)
+        return self.metered(program, *where, len(senders.ARGV), *texts)
 
     def peers(self, archive):
         """Return whom we are compared with."""
         for name in STANDARD:
             yield Entrant(name, self._python(name, archive.path))
-        texts = [text.decode() for text in (*senders.ARGV, *senders.ENVP)]
-        yield Entrant(
-            REFERENCE,
-            self._metered(
-                self.folder / "reference",
-                *(self.address, senders.EXEC_PATH.decode(), archive.path),
-                *(len(senders.ARGV), *texts),
-            ),
-        )
+        yield Entrant(REFERENCE, self.reference(self.folder / "reference", archive.path))
         if archive.wire and shutil.which("socat"):
             listener = self.address.removeprefix("unix:")
             listener = (
                 f"UNIX-LISTEN:{listener}" if self.transport == "unix" else f"VSOCK-LISTEN:{PORT}"
             )
             command = ("socat", "-u", "-b", MIB, f"OPEN:{archive.wire}", listener)
-            yield Entrant(SOCAT, self._metered(*command))
+            yield Entrant(SOCAT, self.metered(*command))
 
     def ceilings(self, archive):
         """Return what the kernel gives at most."""
@@ -176,7 +192,7 @@ class Arena:
             modes[ZEROCOPY] = "zerocopy"
         for name, mode in modes.items():
             args = (mode, self.address, archive.head, archive.path)
-            yield Entrant(name, self._metered(self.folder / "ceiling", *args))
+            yield Entrant(name, self.metered(self.folder / "ceiling", *args))
 
     def check_bytes(self, entrant, archive):
         """Let the guest compute the digest of what an entrant sends, once, untimed."""

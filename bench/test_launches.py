@@ -8,6 +8,7 @@ import subprocess
 import sys
 from statistics import median
 
+import pytest
 from arena import GIB, MIB, OURS, PEERS, read_lines
 
 from nitro_vsock.cli import child
@@ -40,41 +41,52 @@ def small_launches(arena, name, archive):
     return [(one["finished_ns"] - one["connected_ns"]) / 1e3 for one in taken]
 
 
-def test_latency_of_small_launches(benchmark, figure, unix, quick):
-    """A launch of 10 KiB, against a script that sends the same bytes in one sendall."""
-    archive = unix.archive(SMALL)
-    blocks = 4 if quick else 10
+def compare_latency(benchmark, arena, blocks):
+    """Let both launch block by block; return the median of the ratios of the blocks' medians."""
+    archive = arena.archive(SMALL)
     found = {OURS: [], PLAIN: []}
 
     def run(name):
-        found[name].append(small_launches(unix, name, archive))
+        found[name].append(small_launches(arena, name, archive))
 
     benchmark.pedantic(run, (OURS,), setup=lambda: run(PLAIN), rounds=blocks, iterations=1)
     ratios = [median(p) / median(o) for o, p in zip(found[OURS], found[PLAIN], strict=True)]
     every = {name: sorted(us for block in of for us in block) for name, of in found.items()}
-    benchmark.extra_info["latency"] = {
-        name: {
-            "launches": len(us),
-            "median_us": round(median(us), 1),
-            "p99_us": round(us[len(us) * 99 // 100], 1),
-        }
-        for name, us in every.items()
-    }
-    figure("small launch: plain socket script over ours", median(ratios))
+    benchmark.extra_info.update(
+        transport=arena.transport,
+        kernel=os.uname().release,
+        latency={
+            name: {
+                "launches": len(us),
+                "median_us": round(median(us), 1),
+                "p99_us": round(us[len(us) * 99 // 100], 1),
+            }
+            for name, us in every.items()
+        },
+    )
+    return median(ratios)
+
+
+def test_latency_of_small_launches(benchmark, figure, unix, quick):
+    """A launch of 10 KiB, against a script that sends the same bytes in one sendall."""
+    ratio = compare_latency(benchmark, unix, 4 if quick else 10)
+    figure("small launch: plain socket script over ours", ratio)
+
+
+@pytest.mark.vsock
+def test_vsock_latency_of_small_launches(benchmark, figure, vsock, quick):
+    """The same over AF_VSOCK."""
+    ratio = compare_latency(benchmark, vsock, 4 if quick else 10)
+    figure("vsock, small launch: plain socket script over ours", ratio)
 
 
 def at_once(arena, archive, count):
     """Launch from so many threads of one process; return the sum's bytes a second."""
-    base, _, _ = arena.address.removeprefix("unix:").rpartition("_")
     ports = [2027 + 10 * number for number in range(count)]
-    script = [str(PEERS / "many.py"), base, str(archive.path), *map(str, ports)]
-    sender = child.start([sys.executable, *script], text=True)
+    script = [str(PEERS / "many.py"), str(archive.path), *map(arena.address_at, ports)]
+    sender = child.start([sys.executable, *script])
     guests = [
-        subprocess.Popen(
-            [arena.reader()[0], "--drain", f"--unix={base}_{port}"],
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        subprocess.Popen(arena.guest("--drain", port=port), stdout=subprocess.PIPE, text=True)
         for port in ports
     ]
     taken = [read_lines(guest.communicate(timeout=120)[0])[0] for guest in guests]
@@ -85,20 +97,36 @@ def at_once(arena, archive, count):
     return count * archive.size / (ended - began) * 1e9
 
 
-def test_eight_launches_at_once(benchmark, figure, unix, quick):
-    """Eight threads of one process send together; the sum against one launch alone."""
-    archive = unix.archive(256 * MIB if quick else GIB)
+def compare_at_once(benchmark, arena, size):
+    """Send eight at once and one alone in turn; return the median of the sum over the one."""
+    archive = arena.archive(size)
     alone, together = [], []
     benchmark.pedantic(
-        lambda: together.append(at_once(unix, archive, MANY)),
-        setup=lambda: alone.append(at_once(unix, archive, 1)),
+        lambda: together.append(at_once(arena, archive, MANY)),
+        setup=lambda: alone.append(at_once(arena, archive, 1)),
         rounds=5,
         iterations=1,
     )
-    ratio = median(t / a for t, a in zip(together, alone, strict=True))
-    benchmark.extra_info["at_once"] = {
-        "size": archive.size,
-        "one_mib_per_second": round(median(alone) / MIB, 1),
-        "eight_mib_per_second": round(median(together) / MIB, 1),
-    }
+    benchmark.extra_info.update(
+        transport=arena.transport,
+        kernel=os.uname().release,
+        at_once={
+            "size": archive.size,
+            "one_mib_per_second": round(median(alone) / MIB, 1),
+            "eight_mib_per_second": round(median(together) / MIB, 1),
+        },
+    )
+    return median(t / a for t, a in zip(together, alone, strict=True))
+
+
+def test_eight_launches_at_once(benchmark, figure, unix, quick):
+    """Eight threads of one process send together; the sum against one launch alone."""
+    ratio = compare_at_once(benchmark, unix, 256 * MIB if quick else GIB)
     figure("8 launches at once against one", ratio)
+
+
+@pytest.mark.vsock
+def test_vsock_eight_launches_at_once(benchmark, figure, vsock):
+    """The same over AF_VSOCK, where one processor is all that the VM has."""
+    ratio = compare_at_once(benchmark, vsock, 32 * MIB)
+    figure("vsock, 8 launches at once against one", ratio)

@@ -21,7 +21,7 @@ from subprocess import PIPE
 
 import pytest
 import tree_maker
-from arena import GIB, MIB, OURS, PEERS, REFERENCE, Archive
+from arena import GIB, MIB, OURS, PEERS, REFERENCE, Archive, compile_tree_reference
 from floors import GROWTH_LIMIT, TREE_PEAK_LIMIT
 
 from nitro_vsock import EnclaveArgsWriter, Rootfs, measure
@@ -164,12 +164,6 @@ def named(arena, name, archive):
     return Offer(Entrant(name, arena.ours(archive).command), archive)
 
 
-def metered(arena, *command):
-    """Return the command of a peer that does not say itself what it took."""
-    assert arena.language  # compiles the meter
-    return [str(arena.folder / "meter"), *map(str, command)]
-
-
 def tree_offers(arena, folder, path):
     """Give everybody who can send a tree, ours first."""
     yield named(arena, OURS, described(folder, path, *packed(path)))
@@ -177,20 +171,30 @@ def tree_offers(arena, folder, path):
         size, crc = counted(["tar", "--format=gnu", "-C", path.parent, "-c", path.name])
         archive = described(folder, path, size, crc)
         listener = f"UNIX-LISTEN:{arena.address.removeprefix('unix:')}"
-        command = metered(arena, PEERS / "tar_socat.sh", archive.head, path, listener)
+        command = arena.metered(PEERS / "tar_socat.sh", archive.head, path, listener)
         yield Offer(Entrant(TAR_SOCAT, command), archive)
     peer = [sys.executable, str(PEERS / "tarfile_peer.py")]
     size, crc = counted([*peer, "pack", path])
     archive = described(folder, path, size, crc)
     command = [*peer, "stream", arena.address, str(path), str(size)]
     yield Offer(Entrant(TARFILE, command), archive)
-    yield Offer(Entrant(REFERENCE, [*peer, "memory", arena.address, str(path)]), archive)
+    yield reference_offer(arena, folder, path, archive, peer)
+
+
+def reference_offer(arena, folder, path, archive, peer):
+    """Give the reference way: an archive in memory, by Rust's library, else by Python's."""
+    program = compile_tree_reference(folder)
+    if program is None:
+        return Offer(Entrant(REFERENCE, [*peer, "memory", arena.address, str(path)]), archive)
+    archive = described(folder, path, *counted([program, "pack", path]))
+    return Offer(Entrant(REFERENCE, arena.reference(program, path)), archive)
 
 
 def test_tree_to_a_draining_reader(benchmark, race, figure, unix, folder, tree):
     """A tree with sizes as in a real /usr, in page cache."""
     samples = race(*tree_offers(unix, folder, tree.path))
     benchmark.extra_info["tree"] = vars(tree.made)
+    benchmark.extra_info["reference"] = "Rust" if (folder / "cargo").exists() else "Python"
     for name in FIGURES:
         if name in samples:
             figure(FIGURES[name], advantage(samples, name))
@@ -299,8 +303,8 @@ def test_foreign_tar_of_small_members(benchmark, race, figure, unix, folder, tre
     ranges.write_bytes(b"".join(struct.pack("=QQ", *each) for each in found))
     size = sum(BLOCK + length for _, length in found)
     archive = described(folder, path, size, None)
-    calls = metered(
-        unix, folder / "ceiling", "ranges", unix.address, archive.head, archive.path, ranges
+    calls = unix.metered(
+        folder / "ceiling", "ranges", unix.address, archive.head, archive.path, ranges
     )
     samples = race(*foreign_offers(unix, folder, path), Offer(Entrant(CALLS, calls), archive))
     path.unlink()

@@ -98,3 +98,10 @@ def test_vsock_to_a_draining_reader(compare, figure, vsock, quick):
         min(contest.ratio(times(OURS, samples[OURS]), times(n, samples[n])) for n in forced),
     )
     assert RESIDENT in samples
+
+
+@pytest.mark.vsock
+def test_vsock_to_a_storing_reader(compare, vsock):
+    """The same to a reader that stores the bytes in memory made for them, as the guest does."""
+    archive = vsock.archive(64 * MIB)
+    compare(vsock, archive, [vsock.ours(archive), *vsock.peers(archive)], 5, "--seed=0")

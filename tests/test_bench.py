@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import errno
+import io
 import json
 import os
 import runpy
@@ -12,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -549,6 +551,28 @@ def test_reference_delivers_the_one_stream(peers, archive, guest_path, program):
     where = (f"unix:{guest_path}", senders.EXEC_PATH.decode(), archive.path)
     command = (peers / program, *where, len(senders.ARGV), *texts)
     check_peer(peers, archive, guest_path, *command)
+
+
+def test_tree_reference_delivers_the_archive_it_packs(peers, guest_path, tmp_path):
+    """The stand-in that packs a directory sends that archive whole, under rootfs/."""
+    program = runpy.run_path(str(BENCH / "arena.py"))["compile_tree_reference"](tmp_path)
+    if program is None:
+        pytest.skip(
+            "no cargo or crate tar here, so tree_reference.rs was NOT compiled"
+        )
+    tree = tmp_path / "tree"
+    (tree / "etc").mkdir(parents=True)
+    (tree / "etc" / "name").write_bytes(os.urandom(5000))
+    (tree / "link").symlink_to("etc/name")
+    pack = subprocess.run([program, "pack", tree], stdout=subprocess.PIPE, check=True)
+    with tarfile.open(fileobj=io.BytesIO(pack.stdout)) as tar:
+        names = {"rootfs", "rootfs/etc", "rootfs/etc/name", "rootfs/link"}
+        assert {member.name.rstrip("/") for member in tar} == names
+        assert tar.extractfile("rootfs/etc/name").read() == (tree / "etc" / "name").read_bytes()
+    texts = [text.decode() for text in (*senders.ARGV, *senders.ENVP)]
+    where = (f"unix:{guest_path}", senders.EXEC_PATH.decode(), tree)
+    command = (program, *where, len(senders.ARGV), *texts)
+    check_peer(peers, Archive(tree, pack.stdout), guest_path, *command)
 
 
 def test_meter_tells_of_a_program_that_fails(peers):

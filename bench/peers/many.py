@@ -1,13 +1,13 @@
-"""Owns: launches from as many threads as there are ports. many.py BASE ARCHIVE PORT..."""
+"""Owns: launches from as many threads as there are addresses. many.py ARCHIVE ADDRESS..."""
 
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from nitro_vsock import EnclaveArgsWriter, Rootfs, VsockPortOffset
+from nitro_vsock import EnclaveArgsWriter, Rootfs, protocol
 from nitro_vsock.cli import senders
 
 
-def main(base, archive, *ports):
+def main(archive, *addresses):
     """Listen everywhere, then send everywhere."""
     writer = EnclaveArgsWriter(
         Rootfs.from_file(archive),
@@ -18,8 +18,8 @@ def main(base, archive, *ports):
         app_output=True,
     )
     launches = [
-        writer.listen(int(port) - VsockPortOffset.ARGS_READER, uds_path=base, preflight=False)
-        for port in ports
+        writer.listen(cid, uds_path=base, peer_cid=protocol.VMADDR_CID_ANY, preflight=False)
+        for cid, base in map(senders.cid_and_base, addresses)
     ]
     with ThreadPoolExecutor(len(launches)) as pool:
         list(pool.map(lambda launch: launch.send(timeout=600.0), launches))

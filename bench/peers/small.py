@@ -1,6 +1,6 @@
 """Owns: a row of small launches, by the package or a plain script; each says that it listens.
 
-small.py nitro_vsock|PLAIN unix:BASE_PORT ARCHIVE COUNT
+small.py nitro_vsock|PLAIN ADDRESS ARCHIVE COUNT
 """
 
 import os
@@ -8,6 +8,7 @@ import socket
 import sys
 from pathlib import Path
 
+from nitro_vsock import protocol
 from nitro_vsock.cli import senders
 
 
@@ -15,7 +16,7 @@ def with_the_package(address, archive, count):
     """Launch with a writer that is made once, as a launcher would."""
     from nitro_vsock import EnclaveArgsWriter, Rootfs
 
-    base, cid = senders.unix_base(address)
+    cid, base = senders.cid_and_base(address)
     writer = EnclaveArgsWriter(
         Rootfs.from_file(archive),
         senders.EXEC_PATH,
@@ -25,23 +26,25 @@ def with_the_package(address, archive, count):
         app_output=True,
     )
     for _ in range(count):
-        with writer.listen(cid, uds_path=base, preflight=False) as launch:
+        anybody = {"uds_path": base, "peer_cid": protocol.VMADDR_CID_ANY}
+        with writer.listen(cid, preflight=False, **anybody) as launch:
             os.write(1, b".")
             launch.send(timeout=30.0)
 
 
 def plainly(address, archive, count):
     """Launch with nothing but sockets and bytes that are ready before."""
-    path = Path(address.removeprefix("unix:"))
+    family, where = senders.parse_address(address)
     data = Path(archive).read_bytes()
     stream = senders.head(len(data)) + data + senders.TAIL
     for _ in range(count):
-        with socket.socket(socket.AF_UNIX) as listener:
-            listener.bind(str(path))
+        with socket.socket(family) as listener:
+            listener.bind(where)
             listener.listen(1)
             os.write(1, b".")
             guest, _ = listener.accept()
-        path.unlink()
+        if family == socket.AF_UNIX:
+            os.unlink(where)
         with guest:
             guest.recv(1)
             guest.sendall(stream)

@@ -82,10 +82,15 @@ def parse_address(address: str) -> tuple[socket.AddressFamily, str | tuple[int, 
     return socket.AF_VSOCK, (int(cid), int(port))
 
 
-def unix_base(address: str) -> tuple[str, int]:
-    """Return the hybrid vsock's base path and CID that make a `unix:BASE_PORT` address ours."""
-    base, _, port = address.removeprefix("unix:").rpartition("_")
-    return base, int(port) - protocol.VsockPortOffset.ARGS_READER
+def cid_and_base(address: str) -> tuple[int, str | None]:
+    """Return the CID, and the hybrid vsock's base path, with which we listen at an address.
+
+    Args:
+        address: a `unix:BASE_PORT` or `vsock:CID:PORT`, the CID any.
+    """
+    where = parse_address(address)[1]
+    base, _, port = where.rpartition("_") if isinstance(where, str) else (None, None, where[1])
+    return int(port) - protocol.VsockPortOffset.ARGS_READER, base
 
 
 def _rootfs(what: str) -> Rootfs:
@@ -103,11 +108,7 @@ def _ours(address: str, archive: str, strategy: str) -> float:
         network_proxy=True,
         app_output=True,
     )
-    uds_path: str | None = None
-    if address.startswith("unix:"):
-        uds_path, cid = unix_base(address)
-    else:
-        cid = int(address.rpartition(":")[2]) - protocol.VsockPortOffset.ARGS_READER
+    cid, uds_path = cid_and_base(address)
     report = writer.write_args(
         cid,
         TIMEOUT,
