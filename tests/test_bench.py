@@ -557,9 +557,7 @@ def test_tree_reference_delivers_the_archive_it_packs(peers, guest_path, tmp_pat
     """The stand-in that packs a directory sends that archive whole, under rootfs/."""
     program = runpy.run_path(str(BENCH / "arena.py"))["compile_tree_reference"](tmp_path)
     if program is None:
-        pytest.skip(
-            "no cargo or crate tar here, so tree_reference.rs was NOT compiled"
-        )
+        pytest.skip("no cargo or crate tar here, so tree_reference.rs was NOT compiled")
     tree = tmp_path / "tree"
     (tree / "etc").mkdir(parents=True)
     (tree / "etc" / "name").write_bytes(os.urandom(5000))
