@@ -211,6 +211,13 @@ class Arena:
         )
 
 
+def drop_cache(path):
+    """Remove a file from page cache."""
+    fd = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
+
+
 def kernel():
     """Return the running kernel's major and minor number."""
     major, minor = os.uname().release.split(".")[:2]
