@@ -21,7 +21,6 @@ GUEST = PEERS.parent.parent / "tests" / "guest" / "guest.c"
 PORT = 2017
 MIB = 1 << 20
 GIB = 1 << 30
-ENOUGH = 1 << 20
 
 OURS = "nitro_vsock"
 CEILING = "ceiling: sendfile"

@@ -231,6 +231,34 @@ def imports(found):
     return table(["what", "median"], rows)
 
 
+def tried(found):
+    """Return the package beside itself with one thing changed."""
+    rows = []
+    for info in found["benchmarks"].values():
+        if "variant" in info:
+            ours, changed = info["entrants"].values()
+            way = info["variant"]["strategy"] + (", cold file" if info["variant"]["cold"] else "")
+            rows.append(
+                [
+                    info["variant"]["name"],
+                    place(info),
+                    way,
+                    f"{ours['mib_per_second']:,.0f}",
+                    f"{changed['mib_per_second']:,.0f}",
+                    f"{changed['ours_over_theirs']:.2f}",
+                ]
+            )
+    header = ["changed", "over", "strategy", "MiB/s as it is", "changed", "we are"]
+    return table(header, rows)
+
+
+def member_cost(found):
+    """Return the microseconds that a member of a foreign tar takes beyond its bytes."""
+    info = found["benchmarks"]["foreign_tar_of_small_members"]
+    ours, ready, *_ = info["entrants"].values()
+    return f"{(ours['seconds'] - ready['seconds']) / info['members'] * 1e6:.1f} us"
+
+
 def memory(found):
     """Return the sender's peak by size."""
     peaks = found["benchmarks"]["peak_memory_by_size"]["peak_by_size"]
@@ -343,6 +371,8 @@ def write(found, docs):
         memory=memory(found),
         rootfs=rootfs(found),
         tree=tree(found),
+        member_cost=member_cost(found),
+        tried=tried(found),
     )
     (docs / "performance.md").write_text(text)
     print(figures)

@@ -498,6 +498,20 @@ def test_every_figure_has_a_floor_and_every_floor_a_figure():
     assert found == set(runpy.run_path(str(BENCH / "floors.py"))["FLOORS"])
 
 
+@pytest.mark.parametrize("name", runpy.run_path(str(BENCH / "variants.py"))["VARIANTS"])
+def test_variant_is_the_package_with_one_thing_changed(tmp_path, name):
+    """It builds, is what Python imports, and differs from the package in one place."""
+    variants = runpy.run_path(str(BENCH / "variants.py"))
+    changed = variants["VARIANTS"][name]
+    command = [*variants["build"](name, tmp_path), sys.executable, "-c"]
+    told = "import nitro_vsock._core as core; print(core.__file__)"
+    done = subprocess.run([*command, told], cwd=os.sep, stdout=subprocess.PIPE, check=True)
+    assert Path(os.fsdecode(done.stdout.rstrip())).parent == tmp_path / "nitro_vsock"
+    lines = (PROJECT / changed.file).read_text().splitlines()
+    others = (tmp_path / changed.file).read_text().splitlines()
+    assert sum(a != b for a, b in zip(lines, others, strict=True)) == 1
+
+
 # bench/: the compiled peers
 
 
