@@ -70,7 +70,8 @@ def label(bench):
 def table(header, rows):
     """Return a table in Markdown; numbers to the right."""
     lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    cells = ([str(cell).replace("|", r"\|") for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def ratios(found):
@@ -154,11 +155,16 @@ def costs(found):
 def elsewhere(found):
     """Return throughput where the reader stores the bytes, and from a cold file."""
     columns = {
+        "discarded uncopied": "page_cache_to_a_discarding_reader",
         "into fresh memory": "page_cache_to_a_storing_reader[fresh memory]",
         "into a file": "page_cache_to_a_storing_reader[a file]",
         "cold file": "cold_file_to_a_draining_reader",
     }
-    runs = {title: found["benchmarks"][name]["entrants"] for title, name in columns.items()}
+    runs = {
+        title: found["benchmarks"][name]["entrants"]
+        for title, name in columns.items()
+        if name in found["benchmarks"]
+    }
     names = runs["into fresh memory"]
     rows = [
         [
@@ -336,15 +342,17 @@ def draw(found, docs):
         ("throughput.svg", "mib_per_second", 1024, "Unix socket, draining reader: GiB/s"),
         ("memory.svg", "peak", MIB, "Peak memory of the sender: MiB"),
     ):
-        figure, axes = pyplot.subplots(figsize=(8, 4.5))
+        figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
         for name in next(iter(runs.values()))["entrants"]:
             values = [run["entrants"][name][key] / scale for run in runs.values()]
             style = "--" if name.startswith("ceiling") else "-"
-            axes.plot(labels, values, style, marker="o", label=name, lw=3 if name == OURS else 1.5)
-        axes.set_yscale("log")
+            ours = {"lw": 3, "zorder": 3} if name == OURS else {"lw": 1.5}
+            axes.plot(labels, values, style, marker="o", label=name, **ours)
+        axes.set_yscale("log", base=2)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
         axes.set_title(title)
-        axes.grid(visible=True, which="both", alpha=0.3)
-        axes.legend(fontsize="small")
+        axes.grid(visible=True, alpha=0.3)
+        axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
         figure.savefig(docs / path, metadata={"Date": None, "Creator": None})
         pyplot.close(figure)
 

@@ -78,7 +78,7 @@ def test_latency_of_small_launches(benchmark, figure, unix, quick):
 @pytest.mark.vsock
 def test_vsock_latency_of_small_launches(benchmark, figure, vsock):
     """The same over AF_VSOCK, in fewer blocks: a Python takes seconds to start in the VM."""
-    ratio = compare_latency(benchmark, vsock, 3)
+    ratio = compare_latency(benchmark, vsock, 2)
     figure("vsock, small launch: plain socket script over ours", ratio)
 
 
@@ -130,5 +130,5 @@ def test_eight_launches_at_once(benchmark, figure, unix, quick):
 @pytest.mark.vsock
 def test_vsock_eight_launches_at_once(benchmark, figure, vsock):
     """The same over AF_VSOCK, where one processor is all that the VM has."""
-    ratio = compare_at_once(benchmark, vsock, 16 * MIB, 3)
+    ratio = compare_at_once(benchmark, vsock, 16 * MIB, 2)
     figure("vsock, 8 launches at once against one", ratio)

@@ -3,6 +3,8 @@
 Must not know: how an entrant works.
 """
 
+import os
+
 import pytest
 from arena import CEILING, GIB, MIB, OURS, REFERENCE, RESIDENT, SOCAT, STANDARD, drop_cache
 from conftest import advantage, times
@@ -60,9 +62,18 @@ def test_page_cache_to_a_storing_reader(compare, unix, folder, keep):
 
 
 @pytest.mark.full
+def test_page_cache_to_a_discarding_reader(compare, unix):
+    """The reader lets the kernel throw the bytes away, so that the senders alone count."""
+    archive = unix.archive(GIB)
+    entrants = [unix.ours(archive), *unix.peers(archive), *unix.ceilings(archive)]
+    compare(unix, archive, entrants, 7, "--discard")
+
+
+@pytest.mark.full
 def test_cold_file_to_a_draining_reader(compare, unix):
     """The archive is on disk and not in page cache."""
     archive = unix.archive(GIB)
+    os.sync()  # what earlier benchmarks wrote must not be written meanwhile
 
     def forget_pages():
         for path in (archive.path, archive.wire):
@@ -82,7 +93,7 @@ def test_vsock_to_a_draining_reader(compare, figure, vsock, quick):
         *vsock.peers(archive),
         *vsock.ceilings(archive),
     ]
-    samples = compare(vsock, archive, entrants, 5)
+    samples = compare(vsock, archive, entrants, 3)
     peers = [name for name in samples if name in (*STANDARD, SOCAT, REFERENCE)]
     figure(
         "vsock: against the best peer",

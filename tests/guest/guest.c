@@ -4,7 +4,8 @@
  *
  * It prints one line of JSON a launch. Options let it stall, shrink its receive window, trickle,
  * stop reading or die at a chosen byte. For benchmarks it can drain the root file system through a
- * small buffer, or store it in a file; the digest is then taken only when asked for. */
+ * small buffer, discard it uncopied, or store it in a file; the digest is then taken only when
+ * asked for. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
@@ -40,10 +41,11 @@ static struct options {
     uint64_t repeat;
     const char *store; /* drain the root file system into this file */
     unsigned seed;
-    bool drain;  /* read the root file system through a small buffer, in place of fresh memory */
-    bool digest; /* with drain: compute the digest all the same */
-    bool hold;   /* do not close after Finished */
-    bool told;   /* read a byte of standard input before each launch */
+    bool drain;   /* read the root file system through a small buffer, in place of fresh memory */
+    bool discard; /* the same without copying it here: splice into /dev/null */
+    bool digest;  /* with drain: compute the digest all the same */
+    bool hold;    /* do not close after Finished */
+    bool told;    /* read a byte of standard input before each launch */
 } o = {.cid = 2, .die_at = NEVER, .stop_at = NEVER, .repeat = 1};
 
 static struct taken {
@@ -167,6 +169,27 @@ static bool drain_block(int fd, uint64_t *len) {
     return ok;
 }
 
+/* Let the kernel throw the root file system away: no byte is copied into this process. */
+static bool discard_block(int fd, uint64_t *len) {
+    int ends[2] = {-1, -1};
+    int null = open("/dev/null", O_WRONLY | O_CLOEXEC);
+    bool ok = read_number(fd, len) && null >= 0 && pipe2(ends, O_CLOEXEC) == 0 &&
+              fcntl(ends[1], F_SETPIPE_SZ, SCRAP) >= 0;
+
+    for (uint64_t left = *len; ok && left > 0;) {
+        ssize_t got = splice(fd, NULL, ends[1], NULL, left < SCRAP ? (size_t)left : SCRAP, 0);
+
+        ok = got > 0 && splice(ends[0], NULL, null, NULL, (size_t)got, 0) == got;
+        left -= ok ? (uint64_t)got : 0;
+        t.received += ok ? (uint64_t)got : 0;
+        t.reads++;
+    }
+    close(ends[0]);
+    close(ends[1]);
+    close(null);
+    return ok || fail("cannot discard");
+}
+
 static bool read_string(int fd) {
     uint64_t len;
     uint8_t *string = read_block(fd, &len);
@@ -198,6 +221,11 @@ static bool read_frames(int fd) {
         t.order[n] = (char)('0' + (id == FINISHED ? 9 : id));
         switch (id) {
         case ROOTFS:
+            if (o.discard) {
+                if (!discard_block(fd, &t.rootfs_bytes))
+                    return false;
+                break;
+            }
             if (o.drain || o.store) {
                 if (!drain_block(fd, &t.rootfs_bytes))
                     return false;
@@ -313,14 +341,12 @@ static bool launch(void) {
 
 int main(int argc, char **argv) {
     static const struct option names[] = {
-        {"cid", 1, 0, 'c'},      {"port", 1, 0, 'p'},
-        {"unix", 1, 0, 'u'},     {"window", 1, 0, 'w'},
-        {"die-at", 1, 0, 'd'},   {"stop-at", 1, 0, 's'},
-        {"stall-us", 1, 0, 'S'}, {"trickle", 1, 0, 't'},
-        {"repeat", 1, 0, 'r'},   {"seed", 1, 0, 'e'},
-        {"store", 1, 0, 'f'},    {"drain", 0, 0, 'D'},
-        {"digest", 0, 0, 'C'},   {"hold", 0, 0, 'h'},
-        {"told", 0, 0, 'T'},     {0, 0, 0, 0},
+        {"cid", 1, 0, 'c'},      {"port", 1, 0, 'p'},    {"unix", 1, 0, 'u'},
+        {"window", 1, 0, 'w'},   {"die-at", 1, 0, 'd'},  {"stop-at", 1, 0, 's'},
+        {"stall-us", 1, 0, 'S'}, {"trickle", 1, 0, 't'}, {"repeat", 1, 0, 'r'},
+        {"seed", 1, 0, 'e'},     {"store", 1, 0, 'f'},   {"drain", 0, 0, 'D'},
+        {"digest", 0, 0, 'C'},   {"hold", 0, 0, 'h'},    {"told", 0, 0, 'T'},
+        {"discard", 0, 0, 'N'},  {0, 0, 0, 0},
     };
     bool all_ok = true;
     int name;
@@ -364,6 +390,9 @@ int main(int argc, char **argv) {
             break;
         case 'D':
             o.drain = true;
+            break;
+        case 'N':
+            o.discard = true;
             break;
         case 'C':
             o.digest = true;
