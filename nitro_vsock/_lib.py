@@ -55,6 +55,10 @@ _DENTS_BYTES: Final = 1 << 16
 _GUARD_VERDICTS: Final = (lib.NV_E_DEADLINE, lib.NV_E_CANCELLED, lib.NV_E_DIED)
 
 
+VERDICTS: Final = frozenset({*_GUARD_VERDICTS, lib.NV_E_TICK, errno.EINTR})
+"""Why waiting ends although nothing failed."""
+
+
 @dataclass(frozen=True)
 class PeerInfo:
     """Who the kernel says is at the other end; what does not apply to the family is 0."""

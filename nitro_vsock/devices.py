@@ -277,20 +277,17 @@ class NetService:
 
     def _look(self, relay: Relay) -> None:
         """The guest may end; a backend that does leaves it without a network."""
-        if (
-            not self._needed
-            or relay.there.state in (FlowState.ENDED, FlowState.FROM_FAILED)
-            or (relay.back.state is FlowState.TO_FAILED)
-        ):
-            relay.close()
-            return
-        flow = relay.back if relay.back.state is not FlowState.OPEN else relay.there
+        there, back = relay.there, relay.back
         relay.close()
-        code = flow.error or errno.ECONNRESET
-        raise ProxyError(
-            f"the network backend closed its connection: {os.strerror(code)}",
-            errno=code,
-        )
+        if not self._needed or there.state is FlowState.ENDED:
+            return
+        for flow, failed in ((there, FlowState.FROM_FAILED), (back, FlowState.TO_FAILED)):
+            if flow.state is failed and flow.error in _GONE:
+                return
+            if flow.state is failed:
+                raise _failed("the guest's network connection", flow.error)
+        code = back.error or there.error or errno.ECONNRESET
+        raise _failed("the connection to the network backend", code)
 
     def close(self) -> None:
         """Close our end of the backend."""
@@ -300,6 +297,10 @@ class NetService:
             with suppress(OSError):
                 os.set_blocking(self._backend.fileno(), self._blocking)
         self._backend.close()
+
+
+def _failed(what: str, code: int) -> ProxyError:
+    return ProxyError(f"{what} broke off: {os.strerror(code)}", errno=code)
 
 
 class SignalHandler:

@@ -18,6 +18,7 @@ from typing import Final
 from nitro_vsock import _lib
 from nitro_vsock._lib import Flow, FlowState, Guard
 from nitro_vsock.deadline import Deadline
+from nitro_vsock.errors import NitroVsockError
 
 PIPE_BYTES: Final = 256 << 10
 """Asked of the pipe of a spliced flow; less where the user has many pipes (pipe(7))."""
@@ -81,6 +82,10 @@ class EventLoop:
 
         Returns:
             0, or the errno value of the guard's verdict. EINTR: a signal handler may have run.
+
+        Raises:
+            NitroVsockError: the kernel does not let us wait.
+            Exception: what a callback raised.
         """
         if self._stale:
             self._order = list(self._watched.items())
@@ -90,6 +95,8 @@ class EventLoop:
             )
             self._stale = False
         code, events = self._pump.wait(guard)
+        if code and code not in _lib.VERDICTS:
+            raise NitroVsockError(f"waiting failed: {os.strerror(code)}", errno=code)
         order = self._order
         for index, revents in events:
             fd, entry = order[index]

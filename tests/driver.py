@@ -23,11 +23,21 @@ from pathlib import Path
 from archives import make_tar
 from faults import Faults
 from peer import READY, U64, Guest, connect, wait_until
+from session_guest import SessionGuest
 from stages import ARGUMENT_BYTES, RawGuest, long_launch, open_descriptors
 from trees import build as make_tree
 from trees import file, model, symlink
 
-from nitro_vsock import EnclaveArgsReader, EnclaveArgsWriter, NitroVsockError, Rootfs
+from nitro_vsock import (
+    EnclaveArgsReader,
+    EnclaveArgsWriter,
+    EnclaveSession,
+    NetProxy,
+    NitroVsockError,
+    OutputProxy,
+    Rootfs,
+    SessionTimeouts,
+)
 
 CID = 16
 
@@ -246,6 +256,93 @@ def launches(
                 "report": report and report.as_dict(),
                 "right": bool(taken) and taken.rootfs_sha256 == bench.sha256,
                 "received": taken and taken.received,
+                **describe(error),
+                **watch.changes(),
+            }
+
+        return list(_repeat(faults, plans, nth, attempt))
+
+
+class Echo(threading.Thread):
+    """A network backend that sends back what it gets."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.theirs, self._ours = socket.socketpair()
+        self.start()
+
+    def run(self):
+        """Echo until the other side ends."""
+        with contextlib.suppress(OSError), self._ours:
+            while data := self._ours.recv(1 << 16):
+                self._ours.sendall(data, socket.MSG_NOSIGNAL)
+
+    def close(self):
+        """Close the session's end too and wait for the thread."""
+        self.theirs.close()
+        self.join(10)
+
+
+FRAMES = bytes(range(256)) * 1200
+"""What the guest of `sessions` sends through its network, more than a flow holds at once."""
+
+
+def _talk(guest):
+    """The guest's program: its frames come back through the backend; then it says so."""
+
+    def send():
+        with contextlib.suppress(OSError):  # what comes back tells
+            guest.net.sendall(FRAMES, socket.MSG_NOSIGNAL)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    try:
+        back = bytearray()
+        while len(back) < len(FRAMES) and (piece := guest.net.recv(1 << 16)):
+            back += piece
+    finally:
+        sender.join()
+    if back != FRAMES:
+        raise ConnectionError("other bytes came back")
+    guest.output.sendall(b"hello\n", socket.MSG_NOSIGNAL)
+
+
+def sessions(plans, nth=None, cap=0, timeout=5.0):
+    """Live through whole sessions while the plans strike."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    faults = Faults()
+    faults.cap(cap)
+    timeouts = SessionTimeouts(launch=timeout, services=timeout, run=timeout, drain=1)
+    with tempfile.TemporaryDirectory(prefix="nv") as folder:
+        base = f"{folder}/v"
+        rootfs = Rootfs.from_bytes(make_tar(1))
+
+        def attempt():
+            watch = Watch(folder)
+            lines, status, error, guest = [], None, None, None
+            with sigpipe_blocked():
+                backend = Echo()
+            try:
+                proxies = [OutputProxy(lines.append), NetProxy(backend.theirs)]
+                writer = EnclaveArgsWriter(
+                    rootfs, "/bin/app", ["/bin/app"], {"A": "1"}, proxies=proxies
+                )
+                with EnclaveSession(writer, CID, uds_path=base, timeouts=timeouts) as session:
+                    with sigpipe_blocked():
+                        guest = SessionGuest(base, CID, program=_talk, status=768)
+                    status = session.run_sync()
+            except Exception as caught:
+                error = caught
+            strikes, seconds = faults.disarm(), watch.seconds()
+            backend.close()
+            failure = guest and guest.finish()
+            return {
+                "strikes": strikes,
+                "seconds": seconds,
+                "status": status and status.status,
+                "complete": status and status.output_complete,
+                "lines": lines,
+                "guest": repr(failure) if failure else None,
                 **describe(error),
                 **watch.changes(),
             }

@@ -244,7 +244,7 @@ def test_passt_that_fails_says_why(uds, archive_of):
     with host(uds, archive_of("wait"), "/bin/wait", options=options) as process, boot(uds):
         _, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 125
-    assert "the network backend closed its connection" in err
+    assert "the connection to the network backend broke off" in err
     assert "passt ended with exit code 1: " in err
     assert "unrecognized option '--bogus'" in err
 
