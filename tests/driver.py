@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -23,6 +24,7 @@ from pathlib import Path
 from archives import make_tar
 from faults import Faults
 from peer import READY, U64, Guest, connect, wait_until
+from relaying import Relayed
 from session_guest import SessionGuest
 from stages import ARGUMENT_BYTES, RawGuest, long_launch, open_descriptors
 from trees import build as make_tree
@@ -414,6 +416,50 @@ def reads(plans, nth=None, cap=0, size=1 << 17, timeout=20.0, path=None):
                 "seconds": seconds,
                 "right": bool(result) and result.rootfs_sha256 == sha256,
                 **describe(error),
+                **watch.changes(),
+            }
+
+        return list(_repeat(faults, plans, nth, attempt))
+
+
+def relays(plans, nth=None, size=400_000):
+    """Relay between two ends while the plans strike: little, then much, both ways."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    faults = Faults()
+    data = [random.Random(seed).randbytes(size) for seed in range(2)]
+    with tempfile.TemporaryDirectory(prefix="nv") as folder:
+
+        def attempt():
+            watch = Watch(folder)
+            with Relayed() as relayed:
+                ends = relayed.one, relayed.other
+                flows = relayed.relay.there, relayed.relay.back
+                for end, bytes_due in zip(ends, data, strict=True):
+                    end.send(bytes_due[:1000])
+                relayed.pump(2)
+                for end, bytes_due in zip(ends, data, strict=True):
+                    end.send(bytes_due[1000:])
+
+                def shut():
+                    for end in ends:
+                        if not end.unsent and not end.shut:
+                            end.shut = True
+                            with contextlib.suppress(OSError):
+                                end.sock.shutdown(socket.SHUT_WR)
+                    return all(flow.state for flow in flows)
+
+                relayed.settle(shut)
+                for end in ends:
+                    end.receive()
+                strikes = faults.disarm()
+                states = [flow.state.name for flow in flows]
+                errors = [errno.errorcode[flow.error] for flow in flows if flow.error]
+                right = [bytes(end.got) for end in ends] == data[::-1]
+            return {
+                "strikes": strikes,
+                "right": right and states == ["ENDED", "ENDED"],
+                "states": states,
+                "errors": errors,
                 **watch.changes(),
             }
 
