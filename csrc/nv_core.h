@@ -113,7 +113,11 @@ enum nv_flow_state {
 /* Bytes on their way from one non-blocking socket to another, in order and unchanged. The caller
  * gives from, to, buf and, where the sockets may be spliced, a pipe that nobody else uses; -1 where
  * not. The rest starts as 0. What was taken from one socket and did not fit the other stays in buf
- * or in the pipe. */
+ * or in the pipe.
+ *
+ * With record_most, bytes come as records: a big-endian u32 and so many bytes, record_most at most,
+ * which is EMSGSIZE otherwise. What is sent at once is whole records then, where the socket takes
+ * them; buf must hold one, and a pipe is not used. */
 struct nv_flow {
     int32_t from;
     int32_t to;
@@ -129,6 +133,9 @@ struct nv_flow {
     int32_t bulk;  /* 1: as much as the buffer holds came at once; splice while much comes */
     int32_t state; /* enum nv_flow_state */
     int32_t error; /* positive errno value of a failed flow */
+    uint32_t record_most;
+    uint64_t whole; /* up to here buf holds whole records */
+    uint64_t cut;   /* up to here they are being sent */
 };
 
 /* What becomes of a name in a directory. */

@@ -4,6 +4,8 @@
 #include "nv_sigpipe.h"
 #include "nv_sys.h"
 
+#include <string.h>
+
 /* Most of one splice; no pipe holds more. */
 #define PIPE_MOST (1u << 20)
 
@@ -20,6 +22,9 @@
 /* Looks at the flows alone, while spinning, before everything else is looked at too. */
 #define LOOKS 8
 
+/* Most that whole records are sent together: a Unix socket takes it as one piece, or not at all. */
+#define RECORDS_MOST 32768u
+
 /* Longest that a call stays busy: a signal that interrupts no system call would wait otherwise. */
 #define BUSY_NS 50000000
 
@@ -29,8 +34,55 @@ static int fail(struct nv_flow *f, int state, int64_t ret) {
     return -1;
 }
 
+/* Up to where the buffer may be sent. */
+static uint64_t sendable(const struct nv_flow *f) {
+    return f->record_most ? f->whole : f->end;
+}
+
 static int is_held(const struct nv_flow *f) {
-    return f->pos < f->end || f->piped > 0;
+    return f->pos < sendable(f) || f->piped > 0;
+}
+
+/* The length of a record, its four bytes included. */
+static uint64_t record_length(const uint8_t *p) {
+    return 4 + ((uint64_t)p[0] << 24 | (uint64_t)p[1] << 16 | (uint64_t)p[2] << 8 | p[3]);
+}
+
+/* See how far the buffer holds whole records. */
+static int find_whole(struct nv_flow *f) {
+    while (f->end - f->whole >= 4) {
+        uint64_t length = record_length(f->buf + f->whole);
+
+        if (length > 4 + (uint64_t)f->record_most)
+            return fail(f, NV_FLOW_FROM_FAILED, -EMSGSIZE);
+        if (f->end - f->whole < length)
+            break;
+        f->whole += length;
+    }
+    return f->whole > f->pos;
+}
+
+/* Nothing is held but the beginning of a record: put it where there is room for the rest. */
+static void make_room(struct nv_flow *f) {
+    uint64_t sent = sendable(f);
+
+    f->end -= sent;
+    memmove(f->buf, f->buf + sent, (size_t)f->end);
+    f->pos = f->whole = f->cut = 0;
+}
+
+/* Up to where to send at once: what was begun, else as many records as make one piece. */
+static uint64_t cut(struct nv_flow *f) {
+    if (!f->record_most)
+        return f->end;
+    if (f->cut <= f->pos) {
+        f->cut = f->pos;
+        do
+            f->cut += record_length(f->buf + f->cut);
+        while (f->cut < f->whole &&
+               f->cut + record_length(f->buf + f->cut) - f->pos <= RECORDS_MOST);
+    }
+    return f->cut;
 }
 
 static int is_refusal(int64_t ret) {
@@ -57,7 +109,7 @@ static int deliver(struct nv_flow *f) {
     int64_t ret;
 
     f->calls++;
-    if (f->pos == f->end && f->piped > 0) {
+    if (f->pos == sendable(f) && f->piped > 0) {
         ret =
             nv_sys_splice(f->pipe_out, f->to, (size_t)f->piped, SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
         if (ret > 0)
@@ -68,7 +120,7 @@ static int deliver(struct nv_flow *f) {
                 return deliver(f);
         }
     } else {
-        ret = nv_sys_send(f->to, f->buf + f->pos, (size_t)(f->end - f->pos),
+        ret = nv_sys_send(f->to, f->buf + f->pos, (size_t)(cut(f) - f->pos),
                           MSG_DONTWAIT | MSG_NOSIGNAL);
         if (ret > 0)
             f->pos += (uint64_t)ret;
@@ -100,10 +152,12 @@ static int take(struct nv_flow *f) {
     int64_t ret;
 
     f->calls++;
-    if (spliced)
+    if (spliced) {
         ret = nv_sys_splice(f->from, f->pipe_in, PIPE_MOST, SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
-    else
-        ret = nv_sys_recv(f->from, f->buf, (size_t)f->size, MSG_DONTWAIT);
+    } else {
+        make_room(f);
+        ret = nv_sys_recv(f->from, f->buf + f->end, (size_t)(f->size - f->end), MSG_DONTWAIT);
+    }
     if (spliced && is_refusal(ret)) {
         f->pipe_in = -1;
         return take(f);
@@ -114,17 +168,20 @@ static int take(struct nv_flow *f) {
         return -EINTR;
     if (ret < 0)
         return fail(f, NV_FLOW_FROM_FAILED, ret);
-    if (ret == 0)
+    if (ret == 0 && (spliced || f->end == 0))
         return finish(f);
+    if (ret == 0) { /* it ended within a record, whose beginning goes out all the same */
+        f->whole = f->cut = f->end;
+        return 1;
+    }
     if (spliced) {
         f->piped = (uint64_t)ret;
         f->bulk = ret >= BULK_LEAST;
-    } else {
-        f->pos = 0;
-        f->end = (uint64_t)ret;
-        f->bulk = f->end == f->size;
+        return 1;
     }
-    return 1;
+    f->end += (uint64_t)ret;
+    f->bulk = f->record_most ? ret >= BULK_LEAST : f->end == f->size;
+    return f->record_most ? find_whole(f) : 1;
 }
 
 /* Returns 1 when bytes moved, 0 when none did, -1 when the flow is not open any more, -EINTR. */

@@ -358,12 +358,22 @@ class Flow:
 
     __slots__ = ("_buffer", "struct")
 
-    def __init__(self, source: int, sink: int, pipe: tuple[int, int] | None) -> None:
-        """Borrow all descriptors. `pipe`: its two ends, where splicing may pay."""
+    def __init__(
+        self, source: int, sink: int, pipe: tuple[int, int] | None, record_most: int = 0
+    ) -> None:
+        """Borrow all descriptors.
+
+        Args:
+            source: where bytes come from.
+            sink: where they go.
+            pipe: its two ends, where splicing may pay.
+            record_most: bytes of the largest record, where whole records are to be sent at once.
+        """
         self.struct = flow = ffi.new("struct nv_flow *")
-        self._buffer = ffi.new("uint8_t[]", FLOW_BYTES)
+        self._buffer = ffi.new("uint8_t[]", FLOW_BYTES + 2 * record_most)
         setattr(flow, "from", source)
-        flow.to, flow.buf, flow.size = sink, self._buffer, FLOW_BYTES
+        flow.to, flow.buf, flow.size = sink, self._buffer, len(self._buffer)
+        flow.record_most = record_most
         flow.pipe_out, flow.pipe_in = pipe or (-1, -1)
 
     @property

@@ -144,7 +144,7 @@ class NetProxy:
     """The guest's network: its Ethernet frames to and from passt, gvproxy or their like.
 
     The backend is a Unix stream socket with a big-endian u32 length before each frame, as QEMU's
-    `-netdev stream` speaks it. The stream passes unchanged.
+    `-netdev stream` speaks it. Its bytes pass unchanged; those of the guest in whole frames.
     """
 
     port_offset = VsockPortOffset.NET
@@ -269,7 +269,11 @@ class NetService:
                 f"it says {self.frame_bytes}",
                 errno=errno.EBADMSG,
             )
-        self._relay = self._loop.relay(self._connection, self._backend, self._look)
+        # passt of Debian 12 (2023-03) loses its place where a frame reaches it in pieces, and the
+        # guest sends its length by itself.
+        self._relay = self._loop.relay(
+            self._connection, self._backend, self._look, whole_frames=self.frame_bytes
+        )
 
     def program_ended(self) -> None:
         """From now on the backend may end too."""

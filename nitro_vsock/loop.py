@@ -56,7 +56,12 @@ class EventLoop:
         self._stale |= self._watched.pop(fd, None) is not None
 
     def relay(
-        self, one: socket.socket, other: socket.socket, on_end: Callable[[Relay], object]
+        self,
+        one: socket.socket,
+        other: socket.socket,
+        on_end: Callable[[Relay], object],
+        *,
+        whole_frames: int = 0,
     ) -> Relay:
         """Let bytes flow between two stream sockets, both ways, in order and unchanged.
 
@@ -66,8 +71,11 @@ class EventLoop:
             one: borrowed, and made non-blocking.
             other: the same.
             on_end: called when a direction has ended or failed, in the loop's thread.
+            whole_frames: where not 0, the first socket sends frames, each after its length as a
+                big-endian u32, of so many bytes at most; they are handed on whole, copied, for
+                those who cannot bear a frame in pieces. A longer one fails with EMSGSIZE.
         """
-        relay = Relay(self, one, other, on_end)
+        relay = Relay(self, one, other, on_end, whole_frames)
         self._relays.append(relay)
         self._stale = True
         return relay
@@ -136,6 +144,7 @@ class Relay:
         one: socket.socket,
         other: socket.socket,
         on_end: Callable[[Relay], object],
+        whole_frames: int,
     ) -> None:
         self._loop = loop
         self._on_end = on_end
@@ -144,7 +153,8 @@ class Relay:
             sock.setblocking(False)
             if sock.family == socket.AF_UNIX:
                 _lib.enlarge_sndbuf(sock.fileno(), SOCKET_BUFFER)
-        self.there = Flow(one.fileno(), other.fileno(), self._pipe(one))
+        pipe = None if whole_frames else self._pipe(one)
+        self.there = Flow(one.fileno(), other.fileno(), pipe, whole_frames)
         self.back = Flow(other.fileno(), one.fileno(), self._pipe(other))
         self._seen = (FlowState.OPEN, FlowState.OPEN)
 

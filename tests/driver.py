@@ -285,7 +285,10 @@ class Echo(threading.Thread):
         self.join(10)
 
 
-FRAMES = bytes(range(256)) * 1200
+FRAMES = b"".join(
+    length.to_bytes(4, "big") + bytes([length % 251]) * length
+    for length in (60, 1514, 65534, 9000, 1, 1514) * 4
+)
 """What the guest of `sessions` sends through its network, more than a flow holds at once."""
 
 

@@ -6,16 +6,17 @@ import os
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 
 import pytest
 from conftest import CID
+from session_guest import SessionGuest
 from test_cli import COMMAND, ENVIRONMENT, LIMIT, await_line
 
 from nitro_vsock.testing import GuestEmulator
 
+FRAME = (60).to_bytes(4, "big") + bytes(range(60))
 PASST = shutil.which("passt")
 
 
@@ -195,11 +196,27 @@ def test_network_goes_to_the_given_backend(uds, archive_of, kind, tmp_path):
         theirs.close()
         if kind == "--net-socket":
             ours = stack.enter_context(listener.accept()[0])
-        guest = stack.enter_context(boot(uds, misbehave="long-frame"))
-        assert ours.recv(4, socket.MSG_WAITALL) == struct.pack(">I", 0x7FFFFFFF)
+        guest = SessionGuest(uds, CID, program=lambda guest: guest.net.sendall(FRAME))
+        assert ours.recv(len(FRAME), socket.MSG_WAITALL) == FRAME
         process.communicate(timeout=LIMIT)
         guest.result()
     assert process.returncode == 0
+
+
+def test_frame_that_is_longer_than_the_guest_s_mtu_ends_the_session(uds, archive_of):
+    """What claims 2 GiB is no frame."""
+    ours, theirs = socket.socketpair()
+    options = [f"--net-fd={theirs.fileno()}"]
+    archive = archive_of("wait")
+    with (
+        ours,
+        theirs,
+        host(uds, archive, "/bin/wait", options=options, pass_fds=[theirs.fileno()]) as process,
+        boot(uds, misbehave="long-frame"),
+    ):
+        _, err = process.communicate(timeout=LIMIT)
+    assert process.returncode == 125
+    assert "the guest's network connection broke off: Message too long" in err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Sessions whose n-th system call fails, for every n: the right end or a typed error, nothing left."""
+"""Sessions whose n-th system call fails: the right end or a typed error, and nothing is left."""
 
 import driver
 import faults
