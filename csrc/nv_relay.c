@@ -48,13 +48,16 @@ static uint64_t record_length(const uint8_t *p) {
     return 4 + ((uint64_t)p[0] << 24 | (uint64_t)p[1] << 16 | (uint64_t)p[2] << 8 | p[3]);
 }
 
-/* See how far the buffer holds whole records. */
+/* See how far the buffer holds whole records. One that is too long ends the flow, once those before
+ * it are delivered. Returns whether there are any, or -1. */
 static int find_whole(struct nv_flow *f) {
     while (f->end - f->whole >= 4) {
         uint64_t length = record_length(f->buf + f->whole);
 
-        if (length > 4 + (uint64_t)f->record_most)
-            return fail(f, NV_FLOW_FROM_FAILED, -EMSGSIZE);
+        if (length > 4 + (uint64_t)f->record_most) {
+            f->error = EMSGSIZE;
+            return f->whole > f->pos ? 1 : fail(f, NV_FLOW_FROM_FAILED, -EMSGSIZE);
+        }
         if (f->end - f->whole < length)
             break;
         f->whole += length;
@@ -193,6 +196,8 @@ static int run(struct nv_flow *f) {
         ret = is_held(f) ? 1 : take(f);
         if (ret > 0)
             ret = deliver(f);
+        if (ret > 0 && f->error && !is_held(f))
+            ret = fail(f, NV_FLOW_FROM_FAILED, -f->error);
         if (ret <= 0)
             break;
         /* Whoever sends little waits for an answer: look at the other flows first. */

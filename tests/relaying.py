@@ -56,13 +56,13 @@ class End:
 class Relayed:
     """`one` and `other` with a relay between them. A context manager."""
 
-    def __init__(self, loop=None):
+    def __init__(self, loop=None, **options):
         self.loop = loop or EventLoop()
         pairs = [socket.socketpair(), socket.socketpair()]
         self.one, self.other = End(pairs[0][0]), End(pairs[1][0])
         self.relayed = [pair[1] for pair in pairs]
         self.calls = 0
-        self.relay = self.loop.relay(*self.relayed, self._on_end)
+        self.relay = self.loop.relay(*self.relayed, self._on_end, **options)
 
     def _on_end(self, _relay):
         self.calls += 1

@@ -431,3 +431,81 @@ def test_broken_splice_raises_no_sigpipe(shim):
     results = relays(shim, [plan("splice", 0, "broken")])
     assert results
     assert all(result["right"] for result in results), results
+
+
+def frame(size, noise):
+    """Return a frame with its length."""
+    return size.to_bytes(4, "big") + noise.randbytes(size)
+
+
+def whole(data):
+    """Whether these bytes are frames and nothing else."""
+    while data:
+        size = 4 + int.from_bytes(data[:4], "big")
+        if len(data) < size:
+            return False
+        data = data[size:]
+    return True
+
+
+@settings(deadline=None)
+@given(
+    sizes=st.lists(st.one_of(st.integers(0, 200), st.integers(1400, 1600), st.just(9014))),
+    cuts=st.lists(st.one_of(st.integers(1, 8), st.integers(1, 40_000)), min_size=1),
+    takes=st.lists(st.booleans(), min_size=1),
+    seed=st.integers(0, 1 << 30),
+)
+def test_frames_arrive_whole_however_they_are_sent(sizes, cuts, takes, seed):
+    """Whatever has arrived is whole frames, also where the other side takes nothing for a while."""
+    noise = random.Random(seed)
+    stream = b"".join(frame(size, noise) for size in sizes)
+    with Relayed(whole_frames=9014) as relayed:
+        sent = turn = 0
+        while sent < len(stream):
+            piece = stream[sent : sent + cuts[turn % len(cuts)]]
+            relayed.one.send(piece)
+            sent += len(piece)
+            relayed.pump()
+            if takes[turn % len(takes)]:
+                relayed.other.receive()
+                assert whole(bytes(relayed.other.got))
+            turn += 1
+        relayed.settle(lambda: len(relayed.other.got) == len(stream))
+        assert relayed.other.got == stream
+        assert relayed.states == OPEN
+
+
+def test_full_backend_gets_whole_frames_all_the_same():
+    """Each send fits or does not: what is in the backend's socket never ends within a frame."""
+    noise = random.Random(0)
+    stream = b"".join(frame(1514, noise) for _ in range(4000))
+    with Relayed(whole_frames=1514) as relayed:
+        relayed.one.send(stream)
+        while len(relayed.other.got) < len(stream):
+            relayed.pump(20)
+            relayed.other.receive()
+            relayed.one.send()
+            assert len(relayed.other.got) % 1518 == 0
+        assert relayed.other.got == stream
+
+
+def test_frame_beyond_the_limit_fails_its_direction():
+    """Its length is refused as soon as it is there; what came before it is not lost."""
+    with Relayed(whole_frames=1514) as relayed:
+        relayed.one.send(frame(60, random.Random(0)) + (1515).to_bytes(4, "big"))
+        relayed.settle(lambda: relayed.calls)
+        relayed.other.receive()
+        assert len(relayed.other.got) == 64
+        assert relayed.states == (FlowState.FROM_FAILED, FlowState.OPEN)
+        assert relayed.relay.there.error == errno.EMSGSIZE
+
+
+def test_end_within_a_frame_is_passed_on_with_its_beginning():
+    """Not a byte is swallowed."""
+    with Relayed(whole_frames=1514) as relayed:
+        relayed.one.send(frame(60, random.Random(0)) + b"\0\0\1")
+        relayed.settle(lambda: len(relayed.other.got) == 64)
+        relayed.one.sock.shutdown(1)
+        relayed.settle(lambda: relayed.other.ended)
+        assert len(relayed.other.got) == 67
+        assert relayed.states == (FlowState.ENDED, FlowState.OPEN)
