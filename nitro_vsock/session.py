@@ -212,14 +212,13 @@ class _Port:
     closed: bool = False
 
     def close(self) -> None:
-        """Close everything, once. Raises what the service says of its own end."""
-        if self.closed:
-            return
-        self.closed = True
+        """Close everything; again where Ctrl-C ended it. Raises what the service says, once."""
         if self.listener is not None:
             self.listener.close()
         try:
-            self.service.close()
+            if not self.closed:
+                self.closed = True
+                self.service.close()
         finally:
             if self.connection is not None:
                 self.connection.close()

@@ -467,16 +467,16 @@ class Listener(Holder):
         return None
 
     def _release(self) -> None:
-        fd, self._fd = self._fd, -1
-        inode, self._inode = self._inode, None
         # A forked child holds a copy of the descriptor, but the path is its parent's.
-        if isinstance(self.address, UnixAddress) and inode and self._pid == os.getpid():
+        if isinstance(self.address, UnixAddress) and self._inode and self._pid == os.getpid():
             path = Path(self.address.path)
             # What cannot be removed, after a change of user for instance, stays.
             with suppress(OSError):
                 found = path.lstat()
-                if (found.st_dev, found.st_ino) == inode:
+                if (found.st_dev, found.st_ino) == self._inode:
                     path.unlink()
+        self._inode = None  # only now: Ctrl-C may end this, and the next call does it then
+        fd, self._fd = self._fd, -1
         _close_fd(fd)
 
     def __repr__(self) -> str:
