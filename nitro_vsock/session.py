@@ -10,6 +10,7 @@ import logging
 import socket
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -432,6 +433,8 @@ class EnclaveSession(Holder):
 
         loop = asyncio.get_running_loop()
         done = asyncio.Event()
+        # The thread must not keep the coroutine: it is to be collected when its loop was closed.
+        wake = weakref.ref(done)
         outcome: list[ExitStatus | BaseException] = []
 
         def work() -> None:
@@ -440,8 +443,10 @@ class EnclaveSession(Holder):
             except BaseException as error:
                 outcome.append(error)
             finally:
+                event = wake()
                 with suppress(RuntimeError):  # the loop is closed: nobody waits
-                    loop.call_soon_threadsafe(done.set)
+                    if event is not None:
+                        loop.call_soon_threadsafe(event.set)
 
         thread = threading.Thread(target=work, name=f"nitro_vsock session {self.cid}")
         cancelled: asyncio.CancelledError | None = None
@@ -457,7 +462,8 @@ class EnclaveSession(Holder):
             finally:
                 if not done.is_set():  # the coroutine is being thrown away
                     self.cancel()
-                thread.join()
+                if thread is not threading.current_thread():  # whose garbage collector it may be
+                    thread.join()
         result = outcome.pop()
         if cancelled is not None:
             result = cancelled

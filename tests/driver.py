@@ -31,6 +31,7 @@ from trees import build as make_tree
 from trees import file, model, symlink
 
 from nitro_vsock import (
+    DeviceProxyList,
     EnclaveArgsReader,
     EnclaveArgsWriter,
     EnclaveSession,
@@ -642,6 +643,69 @@ def _in_child(launch, does):
     elif does == "collect":
         launch.__del__()
     os._exit(0)
+
+
+def strange_services(service, crowd):
+    """Let strangers of another CID connect to a session's service before its guest does."""
+    faults = Faults()
+    faults.pretend_vsock(CID)
+    got, refused, hung_up = bytearray(), 0, 0
+
+    class Sink:
+        def write(self, data):
+            got.extend(data)
+
+    ours, theirs = socket.socketpair()
+    proxies = DeviceProxyList([OutputProxy(Sink()), NetProxy(ours)])
+    with tempfile.TemporaryDirectory(prefix="nv") as folder, ours, theirs:
+        watch = Watch(folder)
+        writer = EnclaveArgsWriter(
+            Rootfs.from_bytes(make_tar(1)), "/bin/app", ["/bin/app"], {"A": "1"}, proxies=proxies
+        )
+        with EnclaveSession(writer, CID) as session:
+            names = {
+                port.offset: _name(port.listener.fileno())
+                for port in session._ports
+                if port.listener
+            }
+            names[1] = _name(session._launch.fileno())
+
+            class Routed(SessionGuest):
+                def address(self, offset):
+                    return names[offset]
+
+            strangers = [connect(names[service]) for _ in range(crowd)]
+            # The first connections accepted by the core are these, on whatever port.
+            faults.arm("accept4", "crowd", 99, nth=1, step=1)
+            ended = None
+            guest = None
+
+            def come():
+                nonlocal guest
+                guest = Routed(None, CID, says=b"hello", status=768)
+
+            def attempt():
+                wait_until(lambda: session.strangers_refused >= crowd, what="refusals")
+                faults.disarm()
+                come()
+
+            helper = threading.Thread(target=attempt)
+            helper.start()
+            ended = session.run_sync()
+            helper.join()
+            guest.result()
+            refused = session.strangers_refused
+        for stranger in strangers:
+            with stranger, contextlib.suppress(ConnectionResetError):
+                hung_up += stranger.recv(1) == b""
+        del session
+        return {
+            "refused": refused,
+            "hung_up": hung_up,
+            "status": ended.exit_code,
+            "output": got.decode(),
+            **watch.changes(),
+        }
 
 
 def collected(what):

@@ -1,8 +1,8 @@
 """Owns: a guest of its own for sessions: everything it does after a launch, over plain sockets.
 
-Must not know: anything of nitro_vsock. It connects to its arguments, takes them, closes; connects to
-output, network and signals; runs; connects to the return code, says the wait status, waits for four
-bytes, and is gone. At each named point it can be stopped, or die.
+Must not know: anything of nitro_vsock. It connects for its arguments, takes them, closes; connects
+to output, network and signals; runs; connects to the return code, says the wait status, waits for
+four bytes, and is gone. At each named point it can be stopped, or die.
 """
 
 import contextlib
@@ -46,13 +46,13 @@ BEFORE_FINISHED = POINTS[: POINTS.index("finished")]
 AFTER_FINISHED = POINTS[POINTS.index("closed") :]
 
 
-class Died(Exception):
+class DiedError(Exception):
     """The guest dies here; everything it has is closed."""
 
 
 def die(guest):
     """A hook: the guest is gone from one moment to the next."""
-    raise Died
+    raise DiedError
 
 
 def stall(guest):
@@ -160,7 +160,7 @@ class SessionGuest(threading.Thread):
                 self._launch()
                 self._services()
                 self._end()
-        except Died:
+        except DiedError:
             self.died = True
         except BaseException as error:
             self._error = error

@@ -441,7 +441,7 @@ def test_what_cannot_be_opened_is_refused_at_once(place, tmp_path):
     os.close(writing)
 
 
-class Oops(Exception):
+class OopsError(Exception):
     """What a callback of the caller's raises."""
 
 
@@ -451,10 +451,10 @@ def test_callback_that_raises_ends_the_session_with_that(place):
 
     def fall(line):
         told.append(line)
-        raise Oops(line)
+        raise OopsError(line)
 
     before = open_descriptors()
-    error, _ = place.fail(Oops, OutputProxy(fall), guest={"says": b"one\ntwo\nthr"})
+    error, _ = place.fail(OopsError, OutputProxy(fall), guest={"says": b"one\ntwo\nthr"})
     assert str(error) == "one"
     del error
     assert told == ["one"]
@@ -469,9 +469,9 @@ def test_object_that_raises_ends_the_session_with_that(place):
             pass
 
         def flush(self):
-            raise Oops("flush")
+            raise OopsError("flush")
 
-    place.fail(Oops, OutputProxy(Sink()), guest={"says": b"one\n"})
+    place.fail(OopsError, OutputProxy(Sink()), guest={"says": b"one\n"})
 
 
 def test_output_that_comes_with_its_end_is_delivered(place):
