@@ -81,13 +81,14 @@ def compile_tools(folder):
 
     gcc = ("gcc", "-std=c11", "-D_GNU_SOURCE", "-O2")
     build("gcc", "-std=c11", "-O2", GUEST, "-o", folder / "guest", "-lz")
-    for name in ("ceiling", "meter"):
+    for name in ("ceiling", "meter", "traffic"):
         build(*gcc, PEERS / f"{name}.c", "-o", folder / name)
     if shutil.which("rustc"):
-        source = PEERS / "reference.rs"
-        build("rustc", "--edition=2021", "-O", "-o", folder / "reference", source)
+        for name in ("reference", "net_reference"):
+            build("rustc", "--edition=2021", "-O", "-o", folder / name, PEERS / f"{name}.rs")
         return "Rust"
-    build(*gcc, PEERS / "reference.c", "-o", folder / "reference")
+    for name in ("reference", "net_reference"):
+        build(*gcc, "-pthread", PEERS / f"{name}.c", "-o", folder / name)
     return "C"
 
 

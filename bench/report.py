@@ -328,6 +328,48 @@ def rootfs(found):
     return "\n\n".join(part for part in parts if part)
 
 
+def network(found):
+    """Return the network proxy beside its peers; what was not run is left out."""
+    parts = []
+    for name, info in found["benchmarks"].items():
+        kernel = name.rpartition(" on ")[2] if " on " in name else ""
+        over = f", AF_VSOCK, {kernel}" if kernel else ", Unix sockets"
+        if "network_throughput" in info:
+            title = f"frames {info['direction']}, {size_name(info['size'])}{over}"
+            rows = [
+                [
+                    entrant,
+                    f"{of['mib_per_second']:,.0f}",
+                    f"{of['ours_over_theirs']:.2f}",
+                    f"{of['cpu_per_gib']:.2f}" if of["cpu_per_gib"] else "",
+                ]
+                for entrant, of in info["network_throughput"].items()
+            ]
+            parts.append(table([title, "MiB/s", "we are", "relay's CPU s/GiB"], rows))
+        if "network_latency" in info:
+            title = f"frame there and back, {info['way']} writes{over}"
+            rows = [
+                [
+                    entrant,
+                    f"{of['median_us']:.1f}",
+                    f"{of['p99_us']:.1f}",
+                    f"{of['theirs_over_ours']:.2f}",
+                ]
+                for entrant, of in info["network_latency"].items()
+            ]
+            parts.append(table([title, "median, us", "p99, us", "theirs over ours"], rows))
+    idle = [
+        of for info in found["benchmarks"].values() if (of := info.get("network_idle")) is not None
+    ]
+    if idle:
+        rows = [
+            [of["sessions"], of["seconds"], of["calls"], of["times_on_a_processor"]] for of in idle
+        ]
+        header = ["idle sessions", "seconds", "system calls", "times on a processor"]
+        parts.append(table(header, rows))
+    return "\n\n".join(parts)
+
+
 def draw(found, docs):
     """Draw throughput and peak memory by size."""
     import matplotlib as mpl
@@ -381,6 +423,7 @@ def write(found, docs):
         tree=tree(found),
         member_cost=member_cost(found),
         tried=tried(found),
+        network=network(found),
     )
     (docs / "performance.md").write_text(text)
     print(figures)
