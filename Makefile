@@ -33,7 +33,9 @@ test-vsock: $(VENV)/.vm ## the AF_VSOCK tests: here where CID 1 answers, else in
 	VNG=$(BIN)/vng KERNEL=$(KERNEL) scripts/with-loopback $(VM_FOLDER) $(BIN)/python -m pytest \
 	  -p no:cacheprovider --junitxml=$(VM_FOLDER)/junit.xml $(VSOCK_TESTS) $(ARGS)
 
-PYTEST_BENCH := -m pytest -p no:cacheprovider --override-ini=addopts= --strict-markers --benchmark-columns=median
+# Without the -W, "nothing to save" would hide why nothing was measured.
+PYTEST_BENCH := -m pytest -p no:cacheprovider --override-ini=addopts= --strict-markers --benchmark-columns=median \
+  -W default::pytest_benchmark.logger.PytestBenchmarkWarning
 RESULTS := build/bench
 NOW = $(shell date +%s)
 

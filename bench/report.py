@@ -265,6 +265,24 @@ def member_cost(found):
     return f"{(ours['seconds'] - ready['seconds']) / info['members'] * 1e6:.1f} us"
 
 
+def limits(found):
+    """Return how far the ceiling is from two peers, and we are where the reader copies nothing."""
+    drain, discard = (
+        run["entrants"]
+        for run in (
+            drained(found)[4 * GIB],
+            found["benchmarks"]["page_cache_to_a_discarding_reader"],
+        )
+    )
+    ceiling = drain["ceiling: sendfile"]["mib_per_second"]
+    return {
+        "ceiling_over_sendfile": f"{ceiling / drain['socket.sendfile']['mib_per_second']:.1f}",
+        "ceiling_over_socat": f"{ceiling / drain['socat']['mib_per_second']:.1f}",
+        "discard_sendfile": f"{discard['socket.sendfile']['ours_over_theirs']:.1f}",
+        "discard_socat": f"{discard['socat']['ours_over_theirs']:.1f}",
+    }
+
+
 def memory(found):
     """Return the sender's peak by size."""
     peaks = found["benchmarks"]["peak_memory_by_size"]["peak_by_size"]
@@ -424,6 +442,7 @@ def write(found, docs):
         member_cost=member_cost(found),
         tried=tried(found),
         network=network(found),
+        **limits(found),
     )
     (docs / "performance.md").write_text(text)
     print(figures)
