@@ -73,7 +73,7 @@ if TYPE_CHECKING:
         RootfsData,
     )
     from nitro_vsock.loop import EventLoop, Relay
-    from nitro_vsock.measure import Measurement, measure
+    from nitro_vsock.measurement import Measurement, measure
     from nitro_vsock.preflight import Finding, Severity
     from nitro_vsock.progress import Progress
     from nitro_vsock.protocol import VMADDR_CID_ANY, FrameId, VsockPortOffset
@@ -192,7 +192,7 @@ _MODULES = (
     "writer",
     "reader",
     "preflight",
-    "measure",
+    "measurement",
     "loop",
     "devices",
     "session",

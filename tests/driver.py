@@ -698,7 +698,7 @@ def strange_services(service, crowd):
         for stranger in strangers:
             with stranger, contextlib.suppress(ConnectionResetError):
                 hung_up += stranger.recv(1) == b""
-        del session
+        session = None
         return {
             "refused": refused,
             "hung_up": hung_up,

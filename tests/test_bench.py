@@ -211,6 +211,7 @@ def test_bench_leaves_a_foreign_socket_alone(folder, uds, guest_path):
     """An address in use is an error with the sender's words, and whoever has it keeps it."""
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(guest_path)
+        listener.listen()
         done = run(*bench_args(uds, "--size", "1MiB"), env=bench_env(folder))
     error = assert_failed(done, 1, "ContestError")
     assert "VsockBindError" in error["message"]

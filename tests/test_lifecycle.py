@@ -283,11 +283,11 @@ def test_guests_end_need_not_be_waited_for(writer, archive, uds, guest_path):
 
 
 def test_launch_says_nothing_unless_asked():
-    """No output, no root handler, and one logger."""
+    """No output, no root handler, and the package's own loggers."""
     result = driver.run(driver.quiet)
     assert result == {
         "outcomes": [True, "PollNoEventsError"],
-        "loggers": ["nitro_vsock"],
+        "loggers": ["nitro_vsock", "nitro_vsock.output"],
         "handlers": 0,
     }
 

@@ -26,7 +26,7 @@ from nitro_vsock import (
     SourceReadError,
     measure,
 )
-from nitro_vsock.measure import RootfsMeter
+from nitro_vsock.measurement import RootfsMeter
 from nitro_vsock.members import BrokenTarError
 
 ZEROS = bytes(48)

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import nitro_vsock
+
 PROJECT = Path(__file__).resolve().parent.parent
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
 
@@ -117,3 +119,9 @@ def test_frames_do_no_io():
             top = found.split(".")
             assert top[0] not in {"os", "socket", "time", "select", "io"}
             assert top[:2] not in (["nitro_vsock", "_lib"], ["nitro_vsock", "transport"])
+
+
+def test_no_module_hides_a_public_name():
+    """A name that is a module's too would be the module, once somebody has imported that."""
+    modules = {path.stem for path in Path(nitro_vsock.__file__).parent.glob("*.py")}
+    assert not modules & set(nitro_vsock.__all__)

@@ -22,7 +22,7 @@ from nitro_vsock.cli.options import (
 from nitro_vsock.cli.output import Settings
 from nitro_vsock.cli.params import parse_size
 from nitro_vsock.cli.rootfs import choose_rootfs_to_check
-from nitro_vsock.measure import measure as measure_launch
+from nitro_vsock.measurement import measure as measure_launch
 from nitro_vsock.preflight import Severity
 
 NOT_MEASURED: Final = (
