@@ -1,0 +1,185 @@
+"""A real passt behind a NetProxy: TCP through a tap device in a network namespace, both ways."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import zlib
+from pathlib import Path
+
+import pytest
+
+from nitro_vsock import NetProxy
+
+GUEST_ADDRESS = "172.31.10.83"
+GUEST_MAC = "5a:94:ef:e4:0c:ee"
+HOST_ADDRESS = "10.9.8.7"
+MTU = 65520
+SIZE = 1 << 30
+
+PUMP = Path(__file__).with_name("tap_pump.c")
+
+TALKER = """
+import socket, sys, threading, zlib
+role, address, port, size = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+if role == "server":
+    listener = socket.create_server((address, port))
+    print("listening", flush=True)
+    listener.settimeout(60)
+    sock = listener.accept()[0]
+else:
+    sock = socket.create_connection((address, port), 60)
+sock.settimeout(120)
+block = bytearray((role * (1 << 20))[: 1 << 20].encode())
+sent = 0
+
+def send():
+    global sent
+    for number in range(size >> 20):
+        block[:8] = number.to_bytes(8, "big")
+        sent = zlib.crc32(block, sent)
+        sock.sendall(block)
+    sock.shutdown(socket.SHUT_WR)
+
+sender = threading.Thread(target=send)
+sender.start()
+got = count = 0
+room = memoryview(bytearray(1 << 20))
+while n := sock.recv_into(room):
+    got, count = zlib.crc32(room[:n], got), count + n
+sender.join()
+print(sent, got, count, flush=True)
+"""
+
+
+def run(*command, **options):
+    """Run a command that must succeed."""
+    return subprocess.run(command, check=True, capture_output=True, text=True, **options)
+
+
+@pytest.fixture(scope="module")
+def pump_binary(tmp_path_factory):
+    """The frame pump, compiled."""
+    binary = tmp_path_factory.mktemp("pump") / "tap_pump"
+    run("gcc", "-std=gnu11", "-O2", "-Wall", "-Wextra", "-Werror", str(PUMP), "-o", str(binary))
+    return binary
+
+
+@pytest.fixture
+def namespaces():
+    """Two network namespaces: the host's with an address and a default route, and the guest's."""
+    for tool in ("passt", "ip"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed: the network was not tested with a real backend")
+    if not os.access("/dev/net/tun", os.W_OK):
+        pytest.skip("no tap devices here: the network was not tested with a real backend")
+    host, guest = f"nvh{os.getpid()}", f"nvg{os.getpid()}"
+    with contextlib.ExitStack() as stack:
+        try:
+            for name in (host, guest):
+                run("ip", "netns", "add", name)
+                stack.callback(run, "ip", "netns", "del", name)
+                run("ip", "-n", name, "link", "set", "lo", "up")
+            run("ip", "-n", host, "link", "add", "uplink", "type", "veth", "peer", "name", "far")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+        for link in ("uplink", "far"):
+            run("ip", "-n", host, "link", "set", link, "up")
+        run("ip", "-n", host, "addr", "add", f"{HOST_ADDRESS}/24", "dev", "uplink")
+        run("ip", "-n", host, "route", "add", "default", "via", "10.9.8.1", "dev", "uplink")
+        yield host, guest
+
+
+@contextlib.contextmanager
+def process(*command, **options):
+    """A process that is ended in the end."""
+    with subprocess.Popen(command, **options) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+def within(namespace, *command):
+    """Return a command that runs in a network namespace."""
+    return ("ip", "netns", "exec", namespace, *command)
+
+
+@contextlib.contextmanager
+def guest_network(namespace, pump_binary, sock):
+    """The guest's device, set up as the deployed guest has it, its frames through a socket."""
+    fd = sock.fileno()
+    sock.setblocking(True)
+    command = within(namespace, str(pump_binary), "tap0", str(fd))
+    with process(*command, stdout=subprocess.PIPE, pass_fds=[fd]) as pump:
+        assert pump.stdout.readline() == b"ready\n"
+        for line in (
+            f"link set tap0 address {GUEST_MAC} mtu {MTU}",
+            f"addr add {GUEST_ADDRESS}/24 dev tap0",
+            "link set tap0 up",
+            "route add default dev tap0",
+        ):
+            run("ip", "-n", namespace, *line.split())
+        yield
+
+
+@pytest.mark.parametrize("backend", ["descriptor", "path"])
+def test_tcp_through_a_real_passt_is_unchanged(
+    place, namespaces, pump_binary, tmp_path, backend
+):
+    """1 GiB each way at once, digests equal; passt by an inherited descriptor, and by its path."""
+    host, guest_space = namespaces
+    size = SIZE if backend == "descriptor" else 16 << 20
+    outcome = {}
+
+    def program(guest):
+        with guest_network(guest_space, pump_binary, guest.net):
+            client = (sys.executable, "-c", TALKER, "client", HOST_ADDRESS, "4000", str(size))
+            outcome["client"] = run(*within(guest_space, *client), timeout=150).stdout.split()
+
+    with contextlib.ExitStack() as stack:
+        options = ["-f", "-a", GUEST_ADDRESS, "-n", "24", "-g", "172.31.10.1", "--runas", "0"]
+        if backend == "descriptor":
+            ours, theirs = socket.socketpair()
+            stack.enter_context(ours)
+            with theirs:
+                stack.enter_context(
+                    process(
+                        *within(host, "passt", *options, "-F", str(theirs.fileno())),
+                        pass_fds=[theirs.fileno()],
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL,
+                    )
+                )
+            proxy = NetProxy(ours)
+        else:
+            path = tmp_path / "passt.sock"
+            passt = stack.enter_context(
+                process(
+                    *within(host, "passt", *options, "-s", str(path)),
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
+            )
+            listening = threading.Event()
+            while not path.exists() and passt.poll() is None:
+                listening.wait(0.01)
+            proxy = NetProxy(path)
+        server = stack.enter_context(
+            process(
+                *within(host, sys.executable, "-c", TALKER, "server", "0.0.0.0", "4000", str(size)),
+                stdout=subprocess.PIPE,
+                text=True,
+            )
+        )
+        assert server.stdout.readline() == "listening\n"
+        ended, _ = place.run(proxy, guest={"program": program, "mtu": MTU})
+        outcome["server"] = server.stdout.readline().split()
+    sent, got, count = outcome["client"]
+    assert (int(count), ended.exit_code) == (size, 0)
+    assert [got, sent, count] == outcome["server"]
+    assert sent != got
+    assert int(sent) != zlib.crc32(b"")
