@@ -506,18 +506,20 @@ class EnclaveSession(Holder):
 
     def _tick(self) -> None:
         """Look around while the launch is sent: the console, connections of strangers, SIGTERM."""
+        for port in self._ports:
+            if isinstance(port.service, ConsoleService):
+                port.service.attempt(self._address(port.offset), self._loop)
+        self._loop.poll()
+        if self._asked:
+            self._stop_launching()
+
+    def _stop_launching(self) -> None:
         meter = self._launch.meter
-        if not self._asked:
-            return
         if meter.stage is not Stage.CLOSE:  # then the guest may run its program
             raise from_errno(errno.ECANCELED, meter.stage, bytes_sent=meter.done, total=meter.total)
         self._begin_to_stop()
         if time.monotonic_ns() >= self._stop_ns:
             raise self._overdue(Stage.STOP)
-        for port in self._ports:
-            if isinstance(port.service, ConsoleService):
-                port.service.attempt(self._address(port.offset), self._loop)
-        self._loop.poll()
 
     def _address(self, offset: int) -> Address:
         return service_address(self.cid, VsockPortOffset(offset), self._uds_path)

@@ -648,7 +648,7 @@ def _in_child(launch, does):
 def strange_services(service, crowd):
     """Let strangers of another CID connect to a session's service before its guest does."""
     faults = Faults()
-    faults.pretend_vsock(CID)
+    faults.pretend_vsock(99)
     got, refused, hung_up = bytearray(), 0, 0
 
     class Sink:
@@ -675,30 +675,26 @@ def strange_services(service, crowd):
                     return names[offset]
 
             strangers = [connect(names[service]) for _ in range(crowd)]
-            # The first connections accepted by the core are these, on whatever port.
-            faults.arm("accept4", "crowd", 99, nth=1, step=1)
-            ended = None
-            guest = None
+            guests = []
 
             def come():
-                nonlocal guest
-                guest = Routed(None, CID, says=b"hello", status=768)
+                try:
+                    wait_until(lambda: session.strangers_refused >= crowd, what="refusals")
+                    faults.pretend_vsock(CID)
+                    guests.append(Routed(None, CID, says=b"hello", status=768))
+                except BaseException:
+                    session.cancel()
+                    raise
 
-            def attempt():
-                wait_until(lambda: session.strangers_refused >= crowd, what="refusals")
-                faults.disarm()
-                come()
-
-            helper = threading.Thread(target=attempt)
+            helper = threading.Thread(target=come)
             helper.start()
             ended = session.run_sync()
             helper.join()
-            guest.result()
+            guests[0].result()
             refused = session.strangers_refused
         for stranger in strangers:
             with stranger, contextlib.suppress(ConnectionResetError):
                 hung_up += stranger.recv(1) == b""
-        session = None
         return {
             "refused": refused,
             "hung_up": hung_up,

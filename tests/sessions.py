@@ -122,6 +122,7 @@ class Lines(list):
     """A callback that keeps the lines it gets."""
 
     def __call__(self, line):
+        """Keep it."""
         self.append(line)
 
     @property

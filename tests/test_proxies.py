@@ -1,4 +1,4 @@
-"""The network, proxies of one's own, and strangers: what passes through a session besides output."""
+"""The network, proxies of one's own, strangers: what there is in a session besides output."""
 
 import contextlib
 import errno

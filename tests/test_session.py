@@ -363,7 +363,7 @@ def test_guest_that_vanishes_after_its_status_has_told_it(place, point):
 @pytest.mark.parametrize("point", [p for p in POINTS if p not in ("status", "answered")])
 @pytest.mark.parametrize("sockets", ["open", "closed"])
 def test_dead_enclave_ends_the_session_at_once(place, point, sockets):
-    """The descriptor's hang-up, whether its sockets are reset with it or not; the lines are told."""
+    """The descriptor's hang-up, its sockets reset with it or not; the last lines are told."""
     backend, other = socket.socketpair()
     with backend, other, Enclave() as enclave:
 
@@ -571,7 +571,7 @@ def test_target_blocked_for_ever_is_ended_by_terminate(place):
         "keeps": ("output",),
         "program": lambda g: (g.output.setblocking(False), g.output.send(bytes(1 << 17))),
     }
-    with place.running(OutputProxy(writing), guest=guest, timeouts=timeouts) as (session, started):
+    with place.running(OutputProxy(writing), guest=guest, timeouts=timeouts) as (session, _):
         began = time.monotonic()
         threading.Thread(
             target=lambda: (

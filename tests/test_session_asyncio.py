@@ -50,7 +50,6 @@ def test_error_leaves_no_cycle_to_collect(place):
             raise AssertionError
 
         asyncio.run(main())
-    del session
     gc.collect()
 
 
@@ -111,7 +110,7 @@ def session_threads():
 
 
 def test_cancelling_after_any_number_of_steps_cleans_up(place):
-    """At every await: the task is cancelled after k rounds of the loop, for each k until it ends."""
+    """At every await: the task is cancelled after k rounds of the loop, whatever k."""
 
     async def attempt(rounds):
         with place.running(Lines().proxy, guest={"says": b"x"}) as (session, _):

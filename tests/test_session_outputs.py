@@ -32,7 +32,7 @@ class PatternReader(threading.Thread):
 
     def __init__(self, fd):
         super().__init__(daemon=True)
-        self._file = os.fdopen(fd, "rb")
+        self._file = os.fdopen(fd, "rb")  # noqa: SIM115 - closed by the thread
         self.right = 0
         self.start()
 

@@ -342,8 +342,9 @@ def test_session_within_a_callback_of_another_shares_its_signals(uds, own_handle
 
 
 def test_sigterm_at_any_moment_is_neither_lost_nor_doubled(place, own_handler):
-    """Random moments over whole sessions: the launch is cancelled, or the guest has it once, or it
-    came too late and was the session's or the program's; never two, never none.
+    """Random moments over whole sessions: it cancels the launch, or the guest has it once.
+
+    Or it came too late, and was the session's or the program's.
     """
     seed = random.randrange(1 << 30)
     rng = random.Random(seed)
@@ -396,7 +397,7 @@ def test_sigterm_at_any_moment_is_neither_lost_nor_doubled(place, own_handler):
 
 
 def test_sigterm_is_never_late(place):
-    """A signal between Python's last look and the poll wakes it: a thousand, each passed on soon."""
+    """A signal between Python's last look and the poll wakes it: each of a thousand is on time."""
     rounds = 1000
     delays = []
 
