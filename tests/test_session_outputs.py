@@ -32,7 +32,7 @@ class PatternReader(threading.Thread):
 
     def __init__(self, fd):
         super().__init__(daemon=True)
-        self._file = os.fdopen(fd, "rb")  # noqa: SIM115 - closed by the thread
+        self._file = os.fdopen(fd, "rb")
         self.right = 0
         self.start()
 
@@ -60,7 +60,7 @@ def target(kind, tmp_path, stack):
 
         if kind == "path":
             return path, right
-        file = stack.enter_context(open(path, "wb"))
+        file = stack.enter_context(path.open("wb"))
         return (file.fileno() if kind == "file descriptor" else file), right
     if kind == "pipe":
         reading, writing = os.pipe()
@@ -198,7 +198,9 @@ def wrapped(kind, path):
         return open(path, "w", encoding="utf-8", newline="")
     if kind == "codecs":
         return codecs.open(str(path), "w", "utf-8")
-    file = tempfile.NamedTemporaryFile("w", encoding="utf-8", newline="", dir=path.parent)
+    file = tempfile.NamedTemporaryFile(  # noqa: SIM115 - the caller closes it
+        "w", encoding="utf-8", newline="", dir=path.parent
+    )
     os.link(file.name, path)
     return file
 
@@ -375,8 +377,8 @@ def test_full_disk_is_an_error_that_names_the_target(place, kind):
         elif kind == "full object":
             goal = stack.enter_context(open("/dev/full", "wb", buffering=0))
         elif kind == "full text":
-            goal = open("/dev/full", "w")
-            stack.callback(lambda: contextlib.suppress(OSError).__enter__() or _close(goal))
+            goal = open("/dev/full", "w")  # noqa: SIM115 - its closing fails
+            stack.callback(_close, goal)
         error, _ = place.fail(ProxyError, OutputProxy(goal), guest={"says": b"hello\n"})
     assert error.errno == errno.ENOSPC
     name = {"full descriptor": "descriptor"}.get(kind, "/dev/full")
