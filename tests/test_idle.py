@@ -14,6 +14,8 @@ from nitro_vsock.errors import Stage
 SECONDS = 10
 MANY = 64
 CID = 16
+MTU = (1514).to_bytes(4, "big")
+FRAME = (9).to_bytes(4, "big") + b"one frame"
 
 
 def times_on_a_processor(threads):
@@ -43,9 +45,9 @@ def test_idle_sessions_never_run(uds):
             threads[-1].start()
             Guest(f"{uds}_{cid + 1}").result()
             opened = [stack.enter_context(connect(f"{uds}_{cid + port}")) for port in (3, 2, 5)]
-            frame = bytes([0, 0, 5, 0xEA]) + b"one frame"
-            opened[1].sendall(frame)
-            assert other.recv(100) == b"one frame"
+            other.settimeout(20)
+            opened[1].sendall(MTU + FRAME)
+            assert other.recv(100) == FRAME
             connections.append(opened)
         wait_until(lambda: all(s.stage is Stage.RUN for s in sessions), what="the run phase")
         # A thread that was woken last is asleep when it has not run for a while.
