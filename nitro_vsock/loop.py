@@ -117,10 +117,10 @@ class EventLoop:
             return errno.ETIME  # where something is always ready, the core never says so
         return code
 
-    def poll(self) -> None:
-        """Call back for what is ready now, without waiting."""
+    def poll(self) -> bool:
+        """Call back for what is ready now, without waiting; return whether anything was."""
         guard = Guard(Deadline(_lib.FOREVER_NS))
-        self.run_once(guard)  # its first tick is due at once
+        return self.run_once(guard) == 0  # its first tick is due at once
 
     def close(self) -> None:
         """Forget everything; the pipes of relays are closed."""

@@ -641,20 +641,14 @@ class EnclaveSession(Holder):
     def _slurp(self) -> None:
         """Take what has come already, so that the last lines are the last."""
         for _ in range(_SLURPS):
-            before = self._received()
             try:
-                self._loop.poll()
+                if not self._loop.poll():
+                    return
             except NitroVsockError as error:  # why the session ends is known already
                 logger.debug("at the end of the session for CID %d: %s", self.cid, error)
-                continue
-            if before == self._received():
-                return
 
     def _outputs(self) -> list[OutputService]:
         return [p.service for p in self._ports if isinstance(p.service, OutputService)]
-
-    def _received(self) -> int:
-        return sum(service.received for service in self._outputs())
 
     def _is_blocked(self) -> bool:
         return any(service.blocked for service in self._outputs())

@@ -716,9 +716,9 @@ def test_want_of_descriptors_is_an_error_that_says_so(place):
     """EMFILE at an accept ends the session; nothing spins."""
 
     def exhaust(guest):
+        wait_until(lambda: session.stage == "services", what="the launch's end")
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         limits.append((soft, hard))
-        guest.reached["closed"].wait()
         most = max(open_descriptors()) + 1
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
         with contextlib.suppress(OSError):
@@ -728,7 +728,12 @@ def test_want_of_descriptors_is_an_error_that_says_so(place):
 
     limits, fillers = [], []
     try:
-        error, _ = place.fail(NitroVsockError, guest={"at": {"closed": exhaust}})
+        with place.session() as session:
+            guest = place.guest(at={"closed": exhaust})
+            with pytest.raises(NitroVsockError) as caught:
+                session.run_sync()
+        guest.finish()
+        error = caught.value
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits[0])
         for fd in fillers:
@@ -768,7 +773,11 @@ def test_console_is_attached_and_told_in_errors(place):
 
         with Enclave() as enclave:
             at = {"arguments": lambda g: threading.Thread(target=speak, args=(g,)).start()}
-            at["closed"] = lambda g: (wait_until(lambda: "panic" in lines), enclave.die())
+            at["closed"] = lambda g: (
+                wait_until(lambda: "panic" in lines),
+                enclave.die(),
+                stall(g),
+            )
             error, _ = place.fail(
                 EnclaveDiedError, Console(lines), guest={"at": at}, enclave_fd=enclave.fileno()
             )
