@@ -36,6 +36,9 @@ from nitro_vsock import (
     SignalHandler,
     VsockBindError,
 )
+from nitro_vsock._lib import FOREVER_NS, Guard
+from nitro_vsock.deadline import Deadline
+from nitro_vsock.loop import READABLE, EventLoop
 
 QUICK = SessionTimeouts(launch=0.3, services=0.3, run=0.3, stop=0.3, drain=0.2)
 SERVICES = {"net": 2, "output": 3, "code": 4, "signal": 5}
@@ -488,6 +491,24 @@ def test_run_deadline_holds_against_a_guest_that_never_stops_talking(place):
         )
     assert error.stage == "run"
     assert time.monotonic() - began < 3
+
+
+def test_deadline_holds_where_something_is_always_ready():
+    """The loop looks at the clock itself: the core's wait never comes to its end."""
+    reading, writing = os.pipe()
+    os.write(writing, b"x")
+    calls = []
+    loop = EventLoop()
+    loop.watch(reading, READABLE, calls.append)
+    guard = Guard(Deadline.after(0.05))
+    guard.wait.tick_ns = FOREVER_NS
+    while (code := loop.run_once(guard)) == 0 and len(calls) < 1_000_000:
+        pass
+    loop.close()
+    os.close(reading)
+    os.close(writing)
+    assert code == errno.ETIME
+    assert calls
 
 
 # -- the end of the output

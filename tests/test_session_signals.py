@@ -417,6 +417,40 @@ def test_sigterm_is_never_late(place):
     assert sorted(delays)[rounds // 2] < 0.02
 
 
+@pytest.mark.parametrize("way", ["plain", "asyncio"])
+def test_sigterm_that_interrupts_nothing_is_passed_on_at_once(place, way):
+    """The kernel gives it to another thread: this one's poll is woken by the descriptor alone."""
+    delays = []
+
+    def program(guest):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+        for _ in range(5):
+            wait_until(lambda: is_asleep(main), what="the poll")
+            began = time.monotonic()
+            raise_sigterm()
+            guest.wait_for_signal(10)
+            delays.append(time.monotonic() - began)
+
+    main = threading.get_native_id()
+    with place.session() as session:
+        guest = place.guest(program=program)
+        old = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            ended = asyncio.run(session.run()) if way == "asyncio" else session.run_sync()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, old)
+    guest.result()
+    assert ended.terminated
+    assert len(delays) == 5
+    assert max(delays) < 1
+
+
+def is_asleep(thread):
+    """Whether a thread of this process waits for something."""
+    with open(f"/proc/self/task/{thread}/stat") as file:
+        return file.read().rpartition(") ")[2][0] == "S"
+
+
 # -- under asyncio
 
 
