@@ -94,7 +94,11 @@ def compile_tools(folder):
 
 def compile_tree_reference(folder):
     """Compile what the reference crate does with a directory; None without cargo and its crates."""
-    manifest = ("--locked", "--quiet", "--manifest-path", str(PEERS / "Cargo.toml"))
+    source = folder / "tree_reference"  # a copy: cargo writes beside its manifest
+    source.mkdir()
+    for path in (PEERS / "Cargo.toml", *PEERS.glob("*.rs")):
+        shutil.copy(path, source)
+    manifest = ("--quiet", "--manifest-path", str(source / "Cargo.toml"))
     if shutil.which("cargo") is None or subprocess.run(["cargo", "fetch", *manifest]).returncode:
         return None
     target = folder / "cargo"
