@@ -83,7 +83,10 @@ class Place:
     def run(self, *proxies, guest=None, **options):
         """Run a session to its end; return its exit status and the guest."""
         with self.running(*proxies, guest=guest, **options) as (session, started):
-            status = session.run_sync()
+            try:
+                status = session.run_sync()
+            except Exception as error:  # what went wrong with the guest says more
+                raise started.finish() or error from error
             return status, started.result()
 
     def fail(self, kind, *proxies, guest=None, enclave_fd=None, **options):

@@ -146,7 +146,8 @@ def test_tcp_through_a_real_passt_is_unchanged(place, namespaces, pump_binary, t
     def program(guest):
         with guest_network(guest_space, pump_binary, guest.net):
             client = (sys.executable, "-c", TALKER, "client", HOST_ADDRESS, "4000", str(size))
-            outcome["client"] = run(*within(guest_space, *client), timeout=150).stdout.split()
+            said = subprocess.check_output(within(guest_space, *client), timeout=150, text=True)
+            outcome["client"] = said.split()
 
     with contextlib.ExitStack() as stack:
         options = ["-f", "-a", GUEST_ADDRESS, "-n", "24", "-g", "172.31.10.1", "--runas", "0"]

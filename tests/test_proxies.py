@@ -219,7 +219,7 @@ def test_backend_that_dies_ends_the_session(place):
 
         error, _ = place.fail(ProxyError, NetProxy(ours), guest={"program": program})
     assert "network backend" in str(error)
-    assert error.stage == "run"
+    assert error.stage in ("services", "run")  # the guest may be faster than the session
     assert error.must_terminate_enclave
 
 
