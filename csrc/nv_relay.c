@@ -16,7 +16,8 @@
 #define ROUNDS 8
 
 /* After bytes have moved, their answer is often near: it is looked for this long before the thread
- * sleeps, since being woken takes longer than most answers. */
+ * sleeps, since being woken takes longer than most answers. A stream one way has none: there the
+ * thread sleeps at once, and finds more together. */
 #define SPIN_NS 50000
 
 /* Looks at the flows alone, while spinning, before everything else is looked at too. */
@@ -247,6 +248,7 @@ static int relay(const struct relay *r) {
     int64_t leave = now + BUSY_NS;
     int64_t spin_until = 0;
     unsigned looks = LOOKS;
+    uint32_t last = r->nflows; /* the flow whose bytes moved last */
 
     for (;;) {
         int spinning = now < spin_until;
@@ -276,8 +278,9 @@ static int relay(const struct relay *r) {
             ret = run(f);
             if (ret > 0) {
                 moved = 1;
-                if (!f->bulk)
+                if (!f->bulk && i != last)
                     spin_until = now + SPIN_NS;
+                last = i;
             }
             if (ret < 0)
                 return f->state != NV_FLOW_OPEN ? 0 : ret;
