@@ -30,6 +30,7 @@ from nitro_vsock.cli.options import (
     enclave_fd_option,
     exclude_option,
     global_options,
+    host_cid_option,
     launch_options,
     make_writer,
     peer_options,
@@ -42,7 +43,6 @@ from nitro_vsock.cli.params import parse_size
 from nitro_vsock.cli.rootfs import choose_rootfs
 from nitro_vsock.cli.waiting import retry
 from nitro_vsock.progress import Meter
-from nitro_vsock.protocol import VMADDR_CID_HOST
 from nitro_vsock.reader import EnclaveArgs, EnclaveArgsReader
 from nitro_vsock.sinks import open_sink
 from nitro_vsock.transport import Strategy
@@ -129,13 +129,7 @@ def send(
 @cli.command(epilog=EPILOG)
 @cid_option
 @uds_option
-@click.option(
-    "--host-cid",
-    type=int,
-    default=VMADDR_CID_HOST,
-    show_default=True,
-    help="Where to connect: 2 from a guest, 1 over loopback.",
-)
+@host_cid_option
 @click.option("--rootfs-out", metavar="FILE", help="Store the archive; it appears when complete.")
 @click.option("--strict", is_flag=True, help="Also enforce what the real guest needs.")
 @click.option("--wait", is_flag=True, help="Wait for the host's listener to appear.")

@@ -12,10 +12,9 @@ import click
 
 from nitro_vsock import errors
 from nitro_vsock.cli import output
-from nitro_vsock.cli.options import EPILOG, global_options
+from nitro_vsock.cli.options import EPILOG, global_options, host_cid_option
 from nitro_vsock.cli.output import Settings
 from nitro_vsock.cli.waiting import retry
-from nitro_vsock.protocol import VMADDR_CID_HOST
 from nitro_vsock.testing.emulator import GuestEmulator
 from nitro_vsock.testing.script import GuestReport, Isolation, Misbehaviour, Point
 
@@ -34,13 +33,7 @@ def _choice(kind: type[Point | Misbehaviour | Isolation]) -> click.Choice[str]:
     metavar="PATH",
     help="Use a hybrid vsock: the Unix sockets PATH_<port>, as Firecracker does.",
 )
-@click.option(
-    "--host-cid",
-    type=int,
-    default=VMADDR_CID_HOST,
-    show_default=True,
-    help="Where to connect: 2 from a guest, 1 over loopback.",
-)
+@host_cid_option
 @click.option(
     "--isolation",
     type=_choice(Isolation),

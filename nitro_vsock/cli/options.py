@@ -17,6 +17,7 @@ from nitro_vsock.cli.output import Settings
 from nitro_vsock.cli.params import parse_peer_cid, parse_variable
 from nitro_vsock.cli.rootfs import choose_rootfs
 from nitro_vsock.deadline import DEFAULT_TIMEOUT
+from nitro_vsock.protocol import VMADDR_CID_HOST
 from nitro_vsock.proxies import DeviceProxyList
 from nitro_vsock.sources import Rootfs
 from nitro_vsock.writer import EnclaveArgsWriter
@@ -74,6 +75,13 @@ uds_option = click.option(
     "--uds-path",
     metavar="PATH",
     help="Use a hybrid vsock: the Unix socket PATH_<CID + 1>, as Firecracker does.",
+)
+host_cid_option = click.option(
+    "--host-cid",
+    type=int,
+    default=VMADDR_CID_HOST,
+    show_default=True,
+    help="Where to connect: 2 from a guest, 1 over loopback.",
 )
 enclave_fd_option = click.option(
     "--enclave-fd",
