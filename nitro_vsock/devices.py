@@ -40,6 +40,25 @@ _FRAME: Final = struct.Struct(">I")
 _GONE: Final = frozenset({errno.ECONNRESET, errno.EPIPE, errno.ENOTCONN})
 
 
+def _receive_into(connection: socket.socket, room: memoryview) -> int | None:
+    """Receive once: how much, 0 where the guest has ended, however; None where nothing is there."""
+    try:
+        return connection.recv_into(room)
+    except BlockingIOError:
+        return None
+    except OSError as error:
+        if error.errno not in _GONE:
+            raise
+        return 0
+
+
+def _receive(connection: socket.socket, most: int) -> bytes | None:
+    """Do the same for a few bytes; return them."""
+    room = bytearray(most)
+    count = _receive_into(connection, memoryview(room))
+    return None if count is None else bytes(room[:count])
+
+
 class OutputProxy:
     """The program's standard output and standard error, one stream as the guest sends it."""
 
@@ -105,14 +124,9 @@ class OutputService:
 
     def _receive(self, _events: int) -> None:
         assert self._connection is not None  # noqa: S101 - watched only once connected
-        try:
-            count = self._connection.recv_into(self._buffer)
-        except BlockingIOError:
+        count = _receive_into(self._connection, self._buffer)
+        if count is None:
             return
-        except OSError as error:
-            if error.errno not in _GONE:
-                raise
-            count = 0
         if count == 0:
             self._loop.unwatch(self._connection.fileno())
             self.finished = True
@@ -245,14 +259,9 @@ class NetService:
 
     def _receive(self, _events: int) -> None:
         assert self._connection is not None  # noqa: S101 - watched only once connected
-        try:
-            got = self._connection.recv(_FRAME.size - len(self._header))
-        except BlockingIOError:
+        got = _receive(self._connection, _FRAME.size - len(self._header))
+        if got is None:
             return
-        except OSError as error:
-            if error.errno not in _GONE:
-                raise
-            got = b""
         self._header += got
         if got and len(self._header) < _FRAME.size:
             return
@@ -489,14 +498,9 @@ class ReturnCodeService:
 
     def _receive(self, _events: int) -> None:
         assert self._connection is not None  # noqa: S101
-        try:
-            got = self._connection.recv(_INT.size - len(self._got) or _INT.size)
-        except BlockingIOError:
+        got = _receive(self._connection, _INT.size - len(self._got) or _INT.size)
+        if got is None:
             return
-        except OSError as error:
-            if error.errno not in _GONE:
-                raise
-            got = b""
         if not got:
             self._loop.unwatch(self._connection.fileno())
             self.closed = True
