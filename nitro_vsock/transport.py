@@ -268,7 +268,8 @@ class Holder:
 
     def __init__(self, wake_up: WakeUp) -> None:
         """Take what ends a running call; whoever made it closes it, after this."""
-        self._busy = threading.Lock()
+        self._user_lock = threading.RLock()
+        self._user: object | None = None
         self._closing = False
         self._wake_up = wake_up
 
@@ -284,14 +285,24 @@ class Holder:
     def _name(self) -> str:
         return type(self).__name__
 
+    def _take(self, user: object) -> bool:
+        """Make this the user, unless there is one; return whether it is the user.
+
+        Ctrl-C may come as soon as a call returns. A lock that is held while something is used would
+        then stay locked, without anybody who knows; whoever calls this sees it at `_user`.
+        """
+        with self._user_lock:
+            if self._user is None:
+                self._user = user
+        return self._user is user
+
     @contextmanager
     def _in_use(self) -> Iterator[None]:
-        if not self._busy.acquire(blocking=False):
-            if self._closing:  # whoever is closing it has the lock
-                raise ClosedError(f"this {self._name()} is closed")
-            raise BusyError(f"another thread is using this {self._name()}")
+        user = object()
         try:
-            if self._closing:
+            if not self._take(user) and not self._closing:
+                raise BusyError(f"another thread is using this {self._name()}")
+            if self._closing:  # whoever is closing it may be its user
                 raise ClosedError(f"this {self._name()} is closed")
             yield
         except LaunchCancelledError as error:
@@ -304,16 +315,19 @@ class Holder:
                 ) from None
             raise
         finally:
-            self._busy.release()
+            if self._user is user:
+                self._user = None
             if self._closing:
                 self._release_if_idle()
 
     def _release_if_idle(self) -> None:
-        if self._busy.acquire(blocking=False):
-            try:
+        user = object()
+        try:
+            if self._take(user):
                 self._release()
-            finally:
-                self._busy.release()
+        finally:
+            if self._user is user:
+                self._user = None
 
     def close(self) -> None:
         """Close now, or as soon as a running call has been woken. From any thread, repeatedly."""

@@ -29,6 +29,7 @@ from nitro_vsock import (
     VsockAddress,
     VsockBindError,
 )
+from nitro_vsock.transport import Holder, WakeUp
 
 
 def test_second_sender_is_refused_and_the_first_goes_on(uds, guest_path):
@@ -348,3 +349,54 @@ def test_guest_that_waits_when_the_launch_closes_is_let_go(writer, uds, guest_pa
         guest = connect(guest_path)
     with guest, contextlib.suppress(ConnectionResetError):
         assert guest.recv(1) == b""
+
+
+class Held(Holder):
+    """Something that is held until it is closed."""
+
+    def __init__(self, wake_up):
+        super().__init__(wake_up)
+        self.held = True
+
+    def _release(self):
+        self.held = False
+
+    def use(self):
+        """Use it."""
+        with self._in_use():
+            return len("used")
+
+
+def interrupted(act, after):
+    """Do it, and press Ctrl-C after so many calls; return whether there were so many.
+
+    The interpreter looks for signals where a call begins and where one of C returns.
+    """
+    left = iter(range(after))
+
+    def tell(_frame, event, _arg):
+        if event in ("call", "c_return") and next(left, None) is None:
+            raise KeyboardInterrupt
+
+    sys.setprofile(tell)
+    try:
+        act()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.setprofile(None)
+    return False
+
+
+@pytest.mark.parametrize("name", ["use", "close", "close_quietly"])
+def test_ctrl_c_at_any_moment_leaves_what_can_still_be_closed(name):
+    """Wherever it comes, in use or in closing: the next close lets go."""
+    with contextlib.closing(WakeUp()) as wake_up:
+        for after in itertools.count():
+            held = Held(wake_up)
+            struck = interrupted(getattr(held, name), after)
+            held.close()
+            assert not held.held, after
+            if not struck:
+                break
+    assert after > 3
