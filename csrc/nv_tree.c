@@ -6,26 +6,13 @@
 
 #include "nv_core.h"
 #include "nv_sys.h"
+#include "nv_ustar.h"
 
-#define BLOCK 512u
-#define NAME_AT 0
-#define NAME_ROOM 100u
-#define MODE_AT 100
-#define SIZE_AT 124
-#define CHECKSUM_AT 148
-#define CHECKSUM_ROOM 8
-#define LINK_AT 157
-#define LINK_ROOM 100u
-#define OCTAL_SIZE_MAX 077777777777u /* what eleven octal digits hold: 8 GiB less one */
-#define NAME_MAX_TOTAL 65536u        /* no guest opens a path this long */
+#define NAME_MAX_TOTAL 65536u /* no guest opens a path this long */
 
 /* O_NONBLOCK: what was a file may be a FIFO by now. */
 #define OPEN_FILE (O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK | O_NOCTTY)
 #define OPEN_DIRECTORY (O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_DIRECTORY)
-
-static uint64_t padded(uint64_t size) {
-    return (size + BLOCK - 1) / BLOCK * BLOCK;
-}
 
 static int64_t to_ns(struct timespec ts) {
     return (int64_t)((uint64_t)ts.tv_sec * 1000000000u + (uint64_t)ts.tv_nsec);
@@ -206,25 +193,6 @@ int nv_open_entry(int dir_fd, const char *name, const struct nv_entry *e) {
         return fd;
     (void)nv_sys_close(fd);
     return ret;
-}
-
-static void put_octal(uint8_t *field, int digits, uint64_t value) {
-    while (digits-- > 0) {
-        field[digits] = (uint8_t)('0' + (value & 7));
-        value >>= 3;
-    }
-}
-
-static void put_checksum(uint8_t *block) {
-    uint8_t *field = block + CHECKSUM_AT;
-    uint32_t sum = 0;
-    unsigned i;
-
-    memset(field, ' ', CHECKSUM_ROOM);
-    for (i = 0; i < BLOCK; i++)
-        sum += block[i];
-    put_octal(field, 6, sum);
-    field[6] = 0;
 }
 
 /* The first bytes of a full name into a field or the blocks of a long name. */

@@ -13,9 +13,10 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Final
+from typing import Final, Union
 
 from nitro_vsock import ustar
+from nitro_vsock._lib import TarRun
 from nitro_vsock.errors import (
     ArchiveError,
     InvalidArgumentError,
@@ -46,6 +47,8 @@ _PER_NAME: Final = 100
 
 _WINDOW: Final = 16 << 10
 """Bytes read at a header: some small members at once, and little in vain before a large one."""
+_SENT_WINDOW: Final = 128 << 10
+"""The same where what is read is sent."""
 _GATHER: Final = 1 << 20
 """Bytes of headers and small members that are sent together."""
 _DIRECT: Final = 128 << 10
@@ -92,6 +95,8 @@ _OCTAL_SIZE: Final = 8**11
 _LONG: Final = b"././@LongLink"
 _OWNER: Final = b"0000000\0" * 2
 _TIME: Final = b"00000000000\0"
+_TEMPLATES: Final = b"".join(map(ustar.template, (tarfile.REGTYPE, tarfile.DIRTYPE)))
+"""The first in the order of `enum nv_template`."""
 _TRAILER: Final = ustar.header(tarfile.TarInfo("x"))[257:]
 
 _OLD_MAP: Final = slice(386, 482)
@@ -99,8 +104,10 @@ _OLD_MORE: Final = 482
 _OLD_REAL: Final = slice(483, 495)
 _OLD_STILL_MORE: Final = 504
 
-_Edit = tuple[int, int, bytes, int]
-"""begin, end, new, zeros: `new` and so many zero bytes stand for the file's bytes [begin, end)."""
+_Edit = tuple[int, int, Union[bytes, memoryview], int]
+"""begin, end, new, zeros: `new` and so many zero bytes stand for the file's bytes [begin, end).
+
+A memoryview is good until the next edit is asked for."""
 
 
 class _MalformedError(Exception):
@@ -299,7 +306,7 @@ class TarPlan(Plan):
                 if is_large:
                     yield FilePayload(payload.fd, last, begin - last, payload.mode, seekable=True)
                     first = begin
-            if len(new) == end - begin == _BLOCK and not zeros:
+            if len(new) == end - begin == _BLOCK and not zeros and isinstance(new, bytes):
                 patches.append((begin - first, new))
                 last = end
                 continue
@@ -378,12 +385,20 @@ class _Walk:
         self._is_rooted = is_rooted
         self._is_sending = is_sending
         self._stage = Stage.ROOTFS if is_sending else Stage.VALIDATE
-        self._window = b""
-        self._window_at = 0
+        self._run = TarRun(
+            payload.fd,
+            payload.length,
+            prefix,
+            ustar.PREFIX if is_rooted else b"",
+            _TEMPLATES,
+            room=_SENT_WINDOW if is_sending else _WINDOW,
+        )
         self._symlinks: set[bytes] = set()
         self._remembered = 0
         self._known_parent = b""
         self._wanted = dict(wanted or {})
+        for target in self._wanted:
+            self._run.note(target)
         self.targets: dict[bytes, tuple[int, bytes]] = {}
         self.is_inside = False
         self.is_outside = False
@@ -427,7 +442,16 @@ class _Walk:
         begin = at = members = 0
         name = b""
         extra: _Extra | None = None
-        while block := self._block(at, name):
+        while True:
+            if begin == at:
+                for edit in self._ordinary(at):
+                    members += 1
+                    name = self._run.last
+                    yield edit
+                begin = at = self._run.at
+            block = self._block(at, name)
+            if not block:
+                break
             try:
                 kind, raw, size, mode, link = _parse(block)
             except (tarfile.HeaderError, _MalformedError) as error:
@@ -477,24 +501,39 @@ class _Walk:
             raise self._bad(at, b"", "has no member that the guest would unpack")
         yield begin, self._size, b"", 0
 
+    def _ordinary(self, at: int) -> Iterator[_Edit]:
+        """Run over members that have nothing unusual; the core does that, many at once."""
+        run = self._run
+        try:
+            if self._is_sending:
+                while (made := run.rename(at)) is not None:
+                    yield at, at + len(made), made, 0
+                    at = run.at
+            else:
+                while run.measure(at):
+                    yield at, run.at, b"", run.at - at
+                    at = run.at
+        except OSError as error:
+            raise _unreadable(self._source, error, self._stage) from error
+
     def _block(self, at: int, name: bytes) -> bytes:
         """Return the header block there; nothing at the end of the archive."""
-        index = at - self._window_at
-        block = self._window[index : index + _BLOCK]
+        block = self._read(at, _BLOCK)
         if len(block) < _BLOCK:
-            self._window, self._window_at = self._read(at, _WINDOW), at
-            block = self._window[:_BLOCK]
-            if len(block) < _BLOCK:
-                # Without its two blocks of zeros an archive is taken, as every reader does.
-                if any(block):
-                    where = f"after member {_show(name)}" if at else "at its beginning"
-                    raise self._bad(at, b"", f"ends in the middle of a header {where}")
-                return b""
+            # Without its two blocks of zeros an archive is taken, as every reader does.
+            if any(block):
+                where = f"after member {_show(name)}" if at else "at its beginning"
+                raise self._bad(at, b"", f"ends in the middle of a header {where}")
+            return b""
         return b"" if block == _END else block
 
     def _read(self, at: int, size: int) -> bytes:
+        size = min(size, max(self._size - at, 0))
+        held = self._run.read(at, size)
+        if held is not None:
+            return held
         try:
-            return os.pread(self._fd, min(size, max(self._size - at, 0)), at)
+            return os.pread(self._fd, size, at)
         except OSError as error:
             raise _unreadable(self._source, error, self._stage) from error
 
@@ -607,6 +646,8 @@ class _Walk:
                 return None
             self._refuse_through_symlink(clean, "lies behind")
             self._known_parent = parent
+            if parent:
+                self._run.let_pass(clean.partition(b"/")[0])
         if kind == _DIRECTORY:
             # The guest would keep the link, and set the mode of what it leads to.
             if clean in self._symlinks:
@@ -655,6 +696,7 @@ class _Walk:
     def _remember_symlink(self, clean: bytes) -> None:
         self._remember(clean)
         self._symlinks.add(clean)
+        self._run.note(clean)
 
     def _remember(self, name: bytes) -> None:
         self._remembered += len(name) + _PER_NAME
@@ -865,7 +907,7 @@ def _tail(kind: bytes, link: bytes) -> tuple[bytes, int]:
     return tail, _sum(tail) + _BLANK_SUM
 
 
-def _in_parts(new: bytes, zeros: int) -> Iterator[memoryview]:
+def _in_parts(new: bytes | memoryview, zeros: int) -> Iterator[memoryview]:
     """Yield `new` and so many zero bytes in parts that fit into the memory for gathering."""
     view = memoryview(new)
     for at in range(0, len(new), _GATHER):
