@@ -129,10 +129,9 @@ struct nv_flow {
     uint64_t end;
     uint64_t piped; /* bytes in the pipe */
     uint64_t moved; /* bytes the other socket took */
-    uint64_t calls;
-    int32_t bulk;  /* 1: as much as the buffer holds came at once; splice while much comes */
-    int32_t state; /* enum nv_flow_state */
-    int32_t error; /* positive errno value of a failed flow */
+    int32_t bulk;   /* 1: as much as the buffer holds came at once; splice while much comes */
+    int32_t state;  /* enum nv_flow_state */
+    int32_t error;  /* positive errno value of a failed flow */
     uint32_t record_most;
     uint64_t whole; /* up to here buf holds whole records */
     uint64_t cut;   /* up to here they are being sent */

@@ -112,7 +112,6 @@ static int64_t unpipe(struct nv_flow *f) {
 static int deliver(struct nv_flow *f) {
     int64_t ret;
 
-    f->calls++;
     if (f->pos == sendable(f) && f->piped > 0) {
         ret =
             nv_sys_splice(f->pipe_out, f->to, (size_t)f->piped, SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
@@ -155,7 +154,6 @@ static int take(struct nv_flow *f) {
     int spliced = f->bulk && f->pipe_in >= 0;
     int64_t ret;
 
-    f->calls++;
     if (spliced) {
         ret = nv_sys_splice(f->from, f->pipe_in, PIPE_MOST, SPLICE_F_MOVE | SPLICE_F_NONBLOCK);
     } else {

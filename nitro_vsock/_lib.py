@@ -391,11 +391,6 @@ class Flow:
         """Bytes delivered."""
         return int(self.struct.moved)
 
-    @property
-    def calls(self) -> int:
-        """System calls that moved bytes or tried to."""
-        return int(self.struct.calls)
-
 
 class Pump:
     """Waits for many descriptors while flows flow beside it. Owns none of the descriptors."""
