@@ -226,8 +226,7 @@ class Planner:
             length = walk.measure()
         if walk.targets:
             again = _Walk(payload, name, self._prefix, is_rooted=is_rooted, wanted=walk.targets)
-            again.measure()
-            again.refuse_unresolved()
+            again.find_wanted()
         if walk.xattrs:
             logger.warning(
                 "%s: extended attributes are left out, the guest would not set them: %s%s",
@@ -420,17 +419,17 @@ class _Walk:
                 raise self._bad(begin, b"", "its members would take more than 2^63 bytes")
         return length
 
-    def refuse_unresolved(self) -> None:
-        """Refuse hard links to what was not there before them.
+    def find_wanted(self) -> None:
+        """Walk on until all that is wanted was there before the first link to it.
 
         Raises:
-            ArchiveError: for the first of them.
+            ArchiveError, SourceReadError: as `edits` does; something is wanted and was not there.
         """
-        if self._wanted:
-            target, (at, name) = min(self._wanted.items(), key=lambda item: item[1])
-            raise self._bad(
-                at, name, f"is a hard link to {_show(target)}, which is no file before it"
-            )
+        for _ in self.edits():
+            if not self._wanted:
+                return
+        target, (at, name) = min(self._wanted.items(), key=lambda item: item[1])
+        raise self._bad(at, name, f"is a hard link to {_show(target)}, which is no file before it")
 
     def edits(self) -> Iterator[_Edit]:
         """Say what to replace, from the beginning to the end of the file.
