@@ -196,21 +196,35 @@ enum nv_template {
 enum nv_stop {
     NV_STOP_END = 0,    /* every entry is done */
     NV_STOP_FULL = 1,   /* entries[next] does not fit; empty stage */
-    NV_STOP_OPENED = 2, /* entries[next - 1] has its header in stage and is open as fd */
+    NV_STOP_OPENED = 2, /* entries[next - 1] is NV_LARGE, has its header in stage, is open as fd */
     NV_STOP_OTHER = 3   /* entries[next] is NV_OTHER or NV_SHARED; the caller adds to next */
 };
 
-/* Members of one directory into memory. The caller gives everything but fd. */
-struct nv_gather {
-    int32_t dir_fd;
-    int32_t fd; /* after NV_STOP_OPENED, the caller's */
+/* What a tree's directory has been seen to hold. */
+struct nv_dir {
     const struct nv_entry *entries;
-    uint32_t count;
-    uint32_t next;
     const char *names;
-    const char *prefix;
-    uint32_t prefix_length;
-    const uint8_t *templates; /* header blocks, in the order of enum nv_template */
+    uint32_t count;
+};
+
+/* A directory that is being gathered. */
+struct nv_frame {
+    int32_t fd;
+    uint32_t dir;           /* which of nv_gather.dirs */
+    uint32_t next;          /* which entry comes next */
+    uint32_t prefix_length; /* bytes of nv_gather.prefix that precede the names in it */
+};
+
+/* Members of a tree into memory. The caller gives everything but fd; of the frames the first, of
+ * prefix what precedes the names in that. */
+struct nv_gather {
+    int32_t fd;                /* after NV_STOP_OPENED, the caller's */
+    const struct nv_dir *dirs; /* in the order in which they are entered */
+    uint32_t entered;          /* how many have been */
+    uint32_t depth;            /* frames in use; the last is the directory we are in */
+    struct nv_frame *frames;   /* room for the deepest directory */
+    char *prefix;              /* room for the longest */
+    const uint8_t *templates;  /* header blocks, in the order of enum nv_template */
     uint8_t *stage;
     uint64_t stage_size;
     uint64_t used;
@@ -319,9 +333,10 @@ int nv_relay(struct nv_flow *const *flows, uint32_t nflows, struct pollfd *fds, 
  * is there; after -NV_E_TICK, -NV_E_ROOM or EINTR the next call goes on. */
 int nv_scan(struct nv_scan *s);
 
-/* Put members into g->stage from g->used on, beginning with entries[next]. Returns an enum nv_stop;
- * -NV_E_TICK; or, with next at the culprit and only whole members in stage, -NV_E_SHORT,
- * -NV_E_CHANGED, or what the system said. */
+/* Put members into g->stage from g->used on, going into directories and out of them. The frames'
+ * descriptors are closed on the way out, all but the first; where gathering is given up, by the
+ * caller. Returns an enum nv_stop; -NV_E_TICK; or, with the last frame at the culprit and only
+ * whole members in stage, -NV_E_SHORT, -NV_E_CHANGED, or what the system said. */
 int nv_gather(struct nv_gather *g);
 
 /* Open a directory or a regular file if it is still what was seen; of a directory only its identity

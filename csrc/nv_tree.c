@@ -195,14 +195,22 @@ int nv_open_entry(int dir_fd, const char *name, const struct nv_entry *e) {
     return ret;
 }
 
+static const struct nv_frame *top(const struct nv_gather *g) {
+    return &g->frames[g->depth - 1];
+}
+
+static const char *name_of(const struct nv_gather *g, const struct nv_entry *e) {
+    return g->dirs[top(g)->dir].names + e->name;
+}
+
 /* The first bytes of a full name into a field or the blocks of a long name. */
 static void put_name(const struct nv_gather *g, const struct nv_entry *e, uint8_t *to,
                      uint64_t room) {
-    uint64_t prefix = g->prefix_length < room ? g->prefix_length : room;
+    uint64_t prefix = top(g)->prefix_length < room ? top(g)->prefix_length : room;
     uint64_t name = e->name_length < room - prefix ? e->name_length : room - prefix;
 
     memcpy(to, g->prefix, prefix);
-    memcpy(to + prefix, g->names + e->name, name);
+    memcpy(to + prefix, name_of(g, e), name);
     if (S_ISDIR(e->mode) && prefix + name < room)
         to[prefix + name] = '/';
 }
@@ -210,7 +218,7 @@ static void put_name(const struct nv_gather *g, const struct nv_entry *e, uint8_
 /* Write the header blocks at `to`, which has room for them. The last block is returned: its link
  * target and checksum are still to come. */
 static uint8_t *put_header(const struct nv_gather *g, const struct nv_entry *e, uint8_t *to) {
-    uint64_t name_length = full_length(e, g->prefix_length);
+    uint64_t name_length = full_length(e, top(g)->prefix_length);
     unsigned which = S_ISDIR(e->mode)   ? NV_TEMPLATE_DIRECTORY
                      : S_ISLNK(e->mode) ? NV_TEMPLATE_SYMLINK
                                         : NV_TEMPLATE_FILE;
@@ -236,14 +244,15 @@ static uint8_t *put_header(const struct nv_gather *g, const struct nv_entry *e, 
 
 /* An inode's link target never changes: whether it is still that inode is all there is to ask. */
 static int put_link(const struct nv_gather *g, const struct nv_entry *e, uint8_t *block) {
-    const char *name = g->names + e->name;
+    const char *name = name_of(g, e);
+    int dir_fd = top(g)->fd;
     char target[LINK_ROOM + 1];
-    int64_t length = nv_sys_readlinkat(g->dir_fd, name, target, sizeof(target));
+    int64_t length = nv_sys_readlinkat(dir_fd, name, target, sizeof(target));
     int ret;
 
     if (length < 0)
         return (int)length;
-    ret = nv_unchanged(g->dir_fd, name, e);
+    ret = nv_unchanged(dir_fd, name, e);
     if (ret < 0)
         return ret;
     if ((uint64_t)length != e->size)
@@ -254,14 +263,15 @@ static int put_link(const struct nv_gather *g, const struct nv_entry *e, uint8_t
 
 /* Looked at after reading: what changed before or meanwhile shows, what comes later is not ours. */
 static int read_file(const struct nv_gather *g, const struct nv_entry *e, uint8_t *to) {
-    const char *name = g->names + e->name;
+    const char *name = name_of(g, e);
+    int dir_fd = top(g)->fd;
     uint64_t done = 0;
     int64_t ret = 0;
     int fd, seen;
 
     if (e->size == 0)
-        return nv_unchanged(g->dir_fd, name, e);
-    fd = nv_sys_openat(g->dir_fd, name, OPEN_FILE);
+        return nv_unchanged(dir_fd, name, e);
+    fd = nv_sys_openat(dir_fd, name, OPEN_FILE);
     if (fd < 0)
         return fd;
     while (done < e->size) {
@@ -290,7 +300,7 @@ static int read_file(const struct nv_gather *g, const struct nv_entry *e, uint8_
 
 /* Gather one entry. g->used moves only when all of it is there. */
 static int gather_one(struct nv_gather *g, const struct nv_entry *e) {
-    uint64_t head = header_length(full_length(e, g->prefix_length));
+    uint64_t head = header_length(full_length(e, top(g)->prefix_length));
     uint64_t need = head + (e->kind == NV_FILE ? padded(e->size) : 0);
     uint8_t *to = g->stage + g->used;
     uint8_t *block;
@@ -304,7 +314,7 @@ static int gather_one(struct nv_gather *g, const struct nv_entry *e) {
     else if (e->kind == NV_SYMLINK)
         ret = put_link(g, e, block);
     else
-        ret = g->fd = nv_open_entry(g->dir_fd, g->names + e->name, e);
+        ret = g->fd = nv_open_entry(top(g)->fd, name_of(g, e), e);
     if (ret < 0)
         return ret;
     put_checksum(block);
@@ -312,13 +322,39 @@ static int gather_one(struct nv_gather *g, const struct nv_entry *e) {
     return 0;
 }
 
+/* Go into the directory that was opened last. */
+static void enter(struct nv_gather *g, const struct nv_entry *e) {
+    const struct nv_frame *above = top(g);
+    struct nv_frame *f = &g->frames[g->depth];
+    char *end = g->prefix + above->prefix_length;
+
+    memcpy(end, name_of(g, e), e->name_length);
+    end[e->name_length] = '/';
+    f->fd = g->fd;
+    f->dir = g->entered++;
+    f->next = 0;
+    f->prefix_length = above->prefix_length + e->name_length + 1u;
+    g->depth++;
+}
+
 int nv_gather(struct nv_gather *g) {
-    for (; g->next < g->count; g->next++) {
-        const struct nv_entry *e = &g->entries[g->next];
+    for (;;) {
+        struct nv_frame *f = &g->frames[g->depth - 1];
+        const struct nv_dir *dir = &g->dirs[f->dir];
+        const struct nv_entry *e = &dir->entries[f->next];
         int ret;
 
-        if (e->kind == NV_DROPPED)
+        if (f->next == dir->count) {
+            if (g->depth == 1)
+                return NV_STOP_END;
+            g->depth--;
+            (void)nv_sys_close(f->fd);
             continue;
+        }
+        if (e->kind == NV_DROPPED) {
+            f->next++;
+            continue;
+        }
         if (e->kind == NV_OTHER || e->kind == NV_SHARED)
             return NV_STOP_OTHER;
         if (nv_sys_now_ns() >= g->tick_ns)
@@ -326,10 +362,10 @@ int nv_gather(struct nv_gather *g) {
         ret = gather_one(g, e);
         if (ret)
             return ret;
-        if (e->kind == NV_DIRECTORY || e->kind == NV_LARGE) {
-            g->next++;
+        f->next++;
+        if (e->kind == NV_LARGE)
             return NV_STOP_OPENED;
-        }
+        if (e->kind == NV_DIRECTORY)
+            enter(g, e);
     }
-    return NV_STOP_END;
 }

@@ -590,17 +590,14 @@ class Gatherer:
         self.memory = memoryview(ffi.buffer(self._stage))
         self.used = 0
 
-    def enter(self, fd: int, listing: Listing, prefix: bytes) -> Gathering:
-        """Begin with a directory. `fd` is borrowed; `prefix` precedes the names in it."""
-        return Gathering(self._templates, self._stage, fd, listing, prefix)
-
     def gather(self, gathering: Gathering) -> Stop:
-        """Put more members of a directory into memory.
+        """Put more members of a tree into memory.
 
         Raises:
             OSError: about the entry `gathering.next`: CHANGED, SHORT, or what the system says.
         """
         g = gathering.state
+        g.templates, g.stage, g.stage_size = self._templates, self._stage, len(self._stage)
         g.used = self.used
         g.tick_ns = time.monotonic_ns() + TICK_NS
         code = lib.nv_gather(g)
@@ -613,34 +610,72 @@ class Gatherer:
 
 
 class Gathering:
-    """A directory that is being gathered."""
+    """A tree that is being gathered, in whatever memory."""
 
-    __slots__ = ("_kept", "listing", "state")
+    __slots__ = ("_kept", "state")
 
     def __init__(
-        self, templates: Any, stage: Any, fd: int, listing: Listing, prefix: bytes
+        self, fd: int, listings: Sequence[Listing], prefix: bytes, depth: int, longest: int
     ) -> None:
-        self.listing = listing
+        """Begin with the first directory.
+
+        Args:
+            fd: of it; ours from now on.
+            listings: of all directories, in the order in which they are entered.
+            prefix: what precedes the names in the first.
+            depth: how many are open at once, at most.
+            longest: bytes of the longest name of a directory, with prefix and slash.
+        """
+        dirs = ffi.new("struct nv_dir[]", len(listings))
+        for directory, listing in zip(dirs, listings, strict=True):
+            directory.entries, directory.names = listing.entries, listing.names
+            directory.count = listing.count
+        frames = ffi.new("struct nv_frame[]", depth)
+        frames[0].fd, frames[0].prefix_length = fd, len(prefix)
+        before = ffi.new("char[]", longest)
+        ffi.memmove(before, prefix, len(prefix))
         self.state = g = ffi.new("struct nv_gather *")
-        kept = ffi.new("char[]", prefix)
-        g.dir_fd, g.fd, g.entries, g.count = fd, -1, listing.entries, listing.count
-        g.names, g.prefix, g.prefix_length = listing.names, kept, len(prefix)
-        g.templates, g.stage, g.stage_size = templates, stage, len(stage)
-        self._kept = kept
+        g.fd, g.dirs, g.entered, g.frames, g.depth, g.prefix = -1, dirs, 1, frames, 1, before
+        self._kept = dirs, frames, before, listings
+
+    def _top(self) -> Any:
+        return self.state.frames[self.state.depth - 1]
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of the directory it is in."""
+        return int(self._top().fd)
+
+    @property
+    def directory(self) -> int:
+        """Index of the directory it is in."""
+        return int(self._top().dir)
+
+    @property
+    def prefix(self) -> bytes:
+        """What precedes the names in the directory it is in."""
+        return bytes(ffi.buffer(self.state.prefix, self._top().prefix_length))
 
     @property
     def next(self) -> int:
-        """Index of the entry that comes next."""
-        return int(self.state.next)
+        """Index of the entry that comes next in the directory it is in."""
+        return int(self._top().next)
 
     def skip(self) -> None:
         """Go past the next entry: the caller has put it into memory."""
-        self.state.next += 1
+        self._top().next += 1
 
     @property
     def opened(self) -> int:
         """The descriptor opened for the caller by the last call."""
         return int(self.state.fd)
+
+    def close(self) -> None:
+        """Close the directories that are open; any number of times."""
+        while self.state.depth:
+            fd = self.fd
+            self.state.depth -= 1
+            os.close(fd)
 
 
 class TarRun:

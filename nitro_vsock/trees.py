@@ -15,8 +15,9 @@ import os
 import re
 import stat
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
 from typing import Final, Union
 
 from nitro_vsock import ustar
@@ -126,12 +127,11 @@ class _Directory:
     the full name of the file that a hard link links to, or a symbolic link's target.
     """
 
-    __slots__ = ("children", "listing", "special")
+    __slots__ = ("listing", "special")
 
     def __init__(self, listing: Listing) -> None:
         self.listing = listing
         self.special: dict[int, bytes] | None = None
-        self.children: list[_Directory] = []
 
 
 @dataclass
@@ -145,17 +145,21 @@ class _Frame:
 
 
 @dataclass
-class _Sending:
-    """A directory that is being sent."""
+class _Member:
+    """A member with a name of its own; with a descriptor, a file that is sent from it."""
 
     fd: int
-    prefix: bytes
-    directory: _Directory
-    gathering: Gathering
-    children: Iterator[_Directory] = field(init=False)
+    full: bytes
+    seen: Seen
+    listing: Listing
+    index: int
 
-    def __post_init__(self) -> None:
-        self.children = iter(self.directory.children)
+
+_Step = Union[Gatherer, _Member]
+
+
+def _gatherer() -> Gatherer:
+    return Gatherer(_TEMPLATES, STAGE_BYTES)
 
 
 class _Walk:
@@ -167,13 +171,15 @@ class _Walk:
         self._scanner = Scanner(LARGE)
         self._shared: dict[tuple[int, int], bytes] = {}
         self._frames: list[_Frame] = []
+        self.directories: list[_Directory] = []
+        self.depth = self.longest = 0
         self.sockets: list[str] = []
         self.length = ustar.header_length(len(ustar.PREFIX))
 
-    def run(self, root_fd: int) -> _Directory:
+    def run(self, root_fd: int) -> None:
         """Walk the tree below a directory's descriptor, which stays the caller's."""
         try:
-            root = self._enter(os.dup(root_fd), ustar.PREFIX)
+            self._enter(os.dup(root_fd), ustar.PREFIX)
             while self._frames:
                 frame = self._frames[-1]
                 for index in frame.looks:
@@ -184,9 +190,8 @@ class _Walk:
         finally:
             for frame in self._frames:
                 os.close(frame.fd)
-        return root
 
-    def _enter(self, fd: int, prefix: bytes) -> _Directory:
+    def _enter(self, fd: int, prefix: bytes) -> None:
         # The top has names to drop, and may have no others than plain files.
         look_at_all = self._rule is not None or not self._frames
         try:
@@ -198,8 +203,10 @@ class _Walk:
             raise
         directory = _Directory(listing)
         self._frames.append(_Frame(fd, prefix, directory, iter(listing.look)))
+        self.directories.append(directory)
+        self.depth = max(self.depth, len(self._frames))
+        self.longest = max(self.longest, len(prefix))
         self.length += listing.length
-        return directory
 
     def _decide(self, frame: _Frame, index: int) -> bool:
         """Decide about an entry; return True where it was a directory that was entered."""
@@ -215,7 +222,7 @@ class _Walk:
                 fd = listing.open(frame.fd, index)
             except OSError as error:
                 raise self._unreadable(full, error) from error
-            frame.directory.children.append(self._enter(fd, full + b"/"))
+            self._enter(fd, full + b"/")
             return True
         link = b""
         if seen.kind == Kind.SHARED:
@@ -269,13 +276,22 @@ class _Walk:
 class TreePlan(Plan):
     """The archive of a directory. It holds the directory's descriptor until it is closed."""
 
-    def __init__(self, path: Path, root_fd: int, walk: _Walk, root: _Directory) -> None:
+    def __init__(self, path: Path, root_fd: int, walk: _Walk) -> None:
         """For `of`."""
         self._path = os.fsencode(path)
-        self._root = root
         self._mode = os.fstat(root_fd).st_mode
-        self._held = [root_fd]
-        self._gatherer = Gatherer(_TEMPLATES, STAGE_BYTES)
+        self._directories = walk.directories
+        self._gathering = Gathering(
+            root_fd,
+            [directory.listing for directory in walk.directories],
+            ustar.PREFIX,
+            walk.depth,
+            walk.longest,
+        )
+        self._open: deque[int] = deque()
+        self._gatherer = _gatherer()
+        self._spare: deque[Gatherer] = deque()
+        self._steps = self._make()
         self.left_out = tuple(walk.sockets)
         self._end = ustar.end_of_archive(walk.length)
         self.length = walk.length + self._end
@@ -295,116 +311,121 @@ class TreePlan(Plan):
         root_fd = _open_root(path)
         try:
             walk = _Walk(path, rule)
-            return cls(path, root_fd, walk, walk.run(root_fd))
+            walk.run(root_fd)
+            return cls(path, root_fd, walk)
         except BaseException:
             os.close(root_fd)
             raise
 
     def close(self) -> None:
         """Close every descriptor the plan holds; any number of times."""
-        while self._held:
-            os.close(self._held.pop())
+        self._steps.close()
+        self._gathering.close()
+        while self._open:
+            os.close(self._open.pop())
 
     def pieces(self) -> Iterator[Piece]:
         """Make the archive, see `Plan.pieces`."""
         made = 0
-        for piece in self._pieces():
-            made += piece.nbytes if isinstance(piece, memoryview) else piece.length
-            yield piece
+        try:
+            for step in self._steps:
+                if isinstance(step, Gatherer):
+                    piece = step.memory[: step.used]
+                    made += piece.nbytes
+                    yield piece
+                    step.used = 0
+                    self._spare.append(step)
+                else:
+                    made += step.seen.size
+                    yield from self._give(step)
+        finally:
+            self._steps.close()
         if made != self.length:
             raise AssertionError(f"{made} bytes were made of {self.length} that were planned")
 
-    def _pieces(self) -> Iterator[Piece]:
-        gatherer = self._gatherer
+    def _give(self, member: _Member) -> Iterator[Piece]:
+        """Give the file that has been open for longest."""
+        self.where = self._name(member.full)
+        yield FilePayload(member.fd, 0, member.seen.size, member.seen.mode, seekable=True)
+        self.where = ""
+        try:
+            member.listing.check_open(member.fd, member.index)
+        except OSError as error:
+            raise self._changed(member.full, error) from None
+        os.close(self._open.popleft())
+
+    def _make(self) -> Generator[_Step, None, None]:
+        """Gather."""
         root = tarfile.TarInfo(ustar.PREFIX.decode())
         root.type, root.mode = tarfile.DIRTYPE, self._mode
         self._put(ustar.header(root))
-        stack = [self._sending(self._held[0], ustar.PREFIX, self._root)]
-        while stack:
-            top = stack[-1]
-            stop = self._gather(top)
-            if stop is Stop.END:
-                stack.pop()
-                if stack:
-                    os.close(self._held.pop())
-            elif stop is Stop.OTHER:
-                yield from self._special(top)
+        while (stop := self._gather()) is not Stop.END:
+            if stop is Stop.OTHER:
+                yield from self._special()
             elif stop is Stop.OPENED:
-                fd, index = top.gathering.opened, top.gathering.next - 1
-                self._held.append(fd)
-                seen = top.directory.listing.seen(index)
-                full = top.prefix + seen.name
-                if seen.kind == Kind.DIRECTORY:
-                    stack.append(self._sending(fd, full + b"/", next(top.children)))
-                else:
-                    yield from self._large(top, index, full)
-            elif gatherer.used:
-                yield self._flush()
+                fd = self._gathering.opened
+                self._open.append(fd)
+                yield from self._large(self._member(fd, self._gathering.next - 1))
+            elif self._gatherer.used:
+                yield from self._flush()
         yield from self._zeros(self._end)
-        yield self._flush()
+        yield from self._flush()
 
-    def _sending(self, fd: int, prefix: bytes, directory: _Directory) -> _Sending:
-        return _Sending(fd, prefix, directory, self._gatherer.enter(fd, directory.listing, prefix))
-
-    def _gather(self, top: _Sending) -> Stop:
+    def _gather(self) -> Stop:
         try:
-            return self._gatherer.gather(top.gathering)
+            return self._gatherer.gather(self._gathering)
         except OSError as error:
-            seen = top.directory.listing.seen(top.gathering.next)
-            raise self._changed(top.prefix + seen.name, error) from None
+            member = self._member(-1, self._gathering.next)
+            raise self._changed(member.full, error) from None
 
-    def _special(self, top: _Sending) -> Iterator[Piece]:
-        """Make a member the core does not make, the next of its directory."""
-        index, listing = top.gathering.next, top.directory.listing
+    def _member(self, fd: int, index: int) -> _Member:
+        """Return a member of the directory that is being gathered."""
+        listing = self._directories[self._gathering.directory].listing
         seen = listing.seen(index)
-        full = top.prefix + seen.name
-        assert top.directory.special is not None  # noqa: S101 - the walk has kept it
-        link = top.directory.special[index]
-        member = _describe(full, seen, link)
-        try:
-            if member.isreg():
-                self._held.append(listing.open(top.fd, index))
-            else:
-                listing.check(top.fd, index)
-        except OSError as error:
-            raise self._changed(full, error) from None
-        blocks = ustar.header(member)
-        if self._gatherer.used + len(blocks) > STAGE_BYTES:
-            yield self._flush()
-        self._put(blocks)
-        top.gathering.skip()
-        if member.isreg():
-            yield from self._large(top, index, full)
+        return _Member(fd, self._gathering.prefix + seen.name, seen, listing, index)
 
-    def _large(self, top: _Sending, index: int, full: bytes) -> Iterator[Piece]:
-        """Give a file whose header is in memory, and whose descriptor was held last."""
-        fd = self._held[-1]
-        seen = top.directory.listing.seen(index)
-        yield self._flush()
-        self.where = self._name(full)
-        yield FilePayload(fd, 0, seen.size, seen.mode, seekable=True)
-        self.where = ""
+    def _special(self) -> Iterator[_Step]:
+        """Make a member the core does not make, the next of its directory."""
+        gathering = self._gathering
+        special = self._directories[gathering.directory].special
+        assert special is not None  # noqa: S101 - the walk has kept it
+        member = self._member(-1, gathering.next)
+        described = _describe(member.full, member.seen, special[member.index])
         try:
-            top.directory.listing.check_open(fd, index)
+            if described.isreg():
+                member.fd = member.listing.open(gathering.fd, member.index)
+                self._open.append(member.fd)
+            else:
+                member.listing.check(gathering.fd, member.index)
         except OSError as error:
-            raise self._changed(full, error) from None
-        os.close(self._held.pop())
-        yield from self._zeros(ustar.padding(seen.size))
+            raise self._changed(member.full, error) from None
+        blocks = ustar.header(described)
+        if self._gatherer.used + len(blocks) > STAGE_BYTES:
+            yield from self._flush()
+        self._put(blocks)
+        gathering.skip()
+        if described.isreg():
+            yield from self._large(member)
+
+    def _large(self, member: _Member) -> Iterator[_Step]:
+        """Make a file whose header is in memory, and which was opened last."""
+        yield from self._flush()
+        yield member
+        yield from self._zeros(ustar.padding(member.seen.size))
 
     def _put(self, data: bytes) -> None:
         gatherer = self._gatherer
         gatherer.memory[gatherer.used : gatherer.used + len(data)] = data
         gatherer.used += len(data)
 
-    def _zeros(self, count: int) -> Iterator[Piece]:
+    def _zeros(self, count: int) -> Iterator[_Step]:
         if self._gatherer.used + count > STAGE_BYTES:
-            yield self._flush()
+            yield from self._flush()
         self._put(bytes(count))
 
-    def _flush(self) -> memoryview:
-        gatherer = self._gatherer
-        piece, gatherer.used = gatherer.memory[: gatherer.used], 0
-        return piece
+    def _flush(self) -> Iterator[_Step]:
+        yield self._gatherer
+        self._gatherer = self._spare.pop() if self._spare else _gatherer()
 
     def _name(self, full: bytes) -> str:
         return _name(self._path, full)
