@@ -16,12 +16,13 @@ import re
 import stat
 import tarfile
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Final, Union
 
 from nitro_vsock import ustar
 from nitro_vsock._lib import CHANGED, SHORT, Gatherer, Gathering, Kind, Listing, Scanner, Seen, Stop
+from nitro_vsock.ahead import Ahead
 from nitro_vsock.errors import (
     InvalidArgumentError,
     SourceChangedError,
@@ -40,6 +41,13 @@ STAGE_BYTES: Final = 1 << 20
 
 LARGE: Final = 256 << 10
 """Bytes above which a file is sent from its own descriptor."""
+
+ALONE: Final = 4
+"""Pieces that are made without a thread: a small tree needs none."""
+
+AHEAD: Final = 32
+"""Pieces that are made before they are asked for, each a stage of memory or a descriptor: enough to
+go on gathering for as long as most large files take to be sent."""
 
 Path = Union[str, bytes, "os.PathLike[str]", "os.PathLike[bytes]"]
 Exclude = Union[Iterable[str], Callable[[str], object]]
@@ -291,7 +299,8 @@ class TreePlan(Plan):
         self._open: deque[int] = deque()
         self._gatherer = _gatherer()
         self._spare: deque[Gatherer] = deque()
-        self._steps = self._make()
+        self._stages = 1
+        self._steps = Ahead(self._make(), ALONE, AHEAD)
         self.left_out = tuple(walk.sockets)
         self._end = ustar.end_of_archive(walk.length)
         self.length = walk.length + self._end
@@ -354,8 +363,8 @@ class TreePlan(Plan):
             raise self._changed(member.full, error) from None
         os.close(self._open.popleft())
 
-    def _make(self) -> Generator[_Step, None, None]:
-        """Gather."""
+    def _make(self) -> Iterator[_Step]:
+        """Gather, maybe on a thread, which shares `_open` and `_spare` with whoever gives."""
         root = tarfile.TarInfo(ustar.PREFIX.decode())
         root.type, root.mode = tarfile.DIRTYPE, self._mode
         self._put(ustar.header(root))
@@ -425,7 +434,13 @@ class TreePlan(Plan):
 
     def _flush(self) -> Iterator[_Step]:
         yield self._gatherer
-        self._gatherer = self._spare.pop() if self._spare else _gatherer()
+        # A thread takes each stage that it may before one again: which thread is the faster says
+        # nothing about the peak of memory then.
+        if self._spare and not (self._steps.on_thread and self._stages <= AHEAD):
+            self._gatherer = self._spare.popleft()
+        else:
+            self._gatherer = _gatherer()
+            self._stages += 1
 
     def _name(self, full: bytes) -> str:
         return _name(self._path, full)

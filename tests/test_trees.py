@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import threading
 import warnings
 from pathlib import Path
 
@@ -37,8 +38,10 @@ from nitro_vsock import (
     SourceTruncatedError,
     Stage,
     Strategy,
+    StreamTimeoutError,
 )
-from nitro_vsock.trees import LARGE, STAGE_BYTES
+from nitro_vsock.transport import FilePayload
+from nitro_vsock.trees import AHEAD, ALONE, LARGE, STAGE_BYTES
 
 BEHIND = 24 << 20
 """More than twice what the sockets hold: a guest that stops inside a file of this size keeps the
@@ -753,3 +756,112 @@ def test_abandoned_sending_closes_what_it_opened(root):
 def test_stage_holds_the_largest_gathered_file():
     """With the longest name there can be; else a tree could never be sent."""
     assert STAGE_BYTES > LARGE + 2 * (1 << 16)
+
+
+# Gathered on a thread, ahead of what is sent
+
+
+@pytest.fixture
+def many(root):
+    """A tree of so many pieces that they are made ahead: large files with small ones between."""
+    items = {b"%02d/large" % n: file(content(LARGE + 1 + n)) for n in range(2 * (ALONE + AHEAD))}
+    items |= {b"%02d/small" % n: file(pattern(3000 + n)) for n in range(2 * (ALONE + AHEAD))}
+    return build(root, items | {b"zz": file(b"last")})
+
+
+def take_until_ahead(pieces):
+    """Take pieces up to a large file behind which a thread gathers; return that file's path."""
+    before = threading.active_count()
+    for piece in pieces:
+        if threading.active_count() > before and isinstance(piece, FilePayload):
+            return os.readlink(f"/proc/self/fd/{piece.fd}")
+    pytest.fail("no thread was started")
+
+
+def test_tree_gathered_ahead_is_the_same_archive(many):
+    """With a thread, which is gone at the end, and where none can be started."""
+    before = threading.active_count()
+    assert packed(many) == trees.model(many)
+    assert threading.active_count() == before
+
+
+def test_tree_is_gathered_by_the_sender_where_no_thread_can_be_started(many, monkeypatch):
+    """The same archive."""
+
+    def refuse(thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    assert packed(many) == trees.model(many)
+
+
+def test_small_tree_is_sent_without_a_thread(root, monkeypatch):
+    """It would cost more than it gains."""
+    monkeypatch.delattr(threading.Thread, "start")
+    build(root, {b"a": file(content(LARGE + 1)), b"b": file(b"b")})
+    assert packed(root) == trees.model(root)
+
+
+@pytest.mark.parametrize("how", ["closed", "forgotten", "source closed"])
+def test_sending_abandoned_while_a_thread_gathers_leaves_nothing(many, how):
+    """Neither thread nor descriptor, of which some are open ahead."""
+    before = threading.active_count()
+    source = Rootfs.from_directory(many).open()
+    try:
+        pieces = source.pieces()
+        take_until_ahead(pieces)
+        if how == "closed":
+            pieces.close()
+        elif how == "forgotten":
+            del pieces
+        else:
+            source.close()
+        assert threading.active_count() == before
+    finally:
+        source.close()
+
+
+def test_first_change_in_the_archives_order_is_named(many):
+    """Of a large file while it is sent, though the thread has met a later one before."""
+    source = Rootfs.from_directory(many).open()
+    try:
+        os.unlink(f"{many}/zz")
+        pieces = source.pieces()
+        path = take_until_ahead(pieces)
+        assert source.where == path
+        overwrite(path)
+        with pytest.raises(SourceChangedError, match=re.escape(path)):
+            next(pieces)
+    finally:
+        source.close()
+
+
+def test_change_that_the_thread_meets_is_raised_behind_all_before_it(many):
+    """What was sound is given first; then the error that names the file, and no thread is left."""
+    before = threading.active_count()
+    source = Rootfs.from_directory(many).open()
+    try:
+        os.unlink(f"{many}/zz")
+        large = 0
+        with pytest.raises(SourceChangedError, match=re.escape(f"{many}/zz")):
+            for piece in source.pieces():
+                large += isinstance(piece, FilePayload)
+        assert large == 2 * (ALONE + AHEAD)
+        assert threading.active_count() == before
+    finally:
+        source.close()
+
+
+def test_deadline_ends_a_launch_whose_tree_is_gathered_ahead(many, uds):
+    """The guest reads nothing more: sender and thread wait, and both end."""
+    Path(many, f"{ALONE:02}/m").write_bytes(content(BEHIND))
+    stalled = threading.Event()
+    before = threading.enumerate()
+    writer = EnclaveArgsWriter(Rootfs.from_directory(many), "/bin/app", ["/bin/app"], {"A": "1"})
+    with writer.listen(CID, uds_path=uds) as launched:
+        guest = Guest(f"{uds}_{CID + 1}", before_read=lambda got: got > LARGE and stalled.wait(30))
+        with pytest.raises(StreamTimeoutError):
+            launched.send(1)
+        assert set(threading.enumerate()) <= {guest, *before}
+    stalled.set()
+    assert isinstance(guest.failure(), GuestError)
