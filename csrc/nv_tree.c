@@ -338,7 +338,7 @@ static void enter(struct nv_gather *g, const struct nv_entry *e) {
 }
 
 int nv_gather(struct nv_gather *g) {
-    for (;;) {
+    while (g->depth > 0) {
         struct nv_frame *f = &g->frames[g->depth - 1];
         const struct nv_dir *dir = &g->dirs[f->dir];
         const struct nv_entry *e = &dir->entries[f->next];
@@ -368,4 +368,5 @@ int nv_gather(struct nv_gather *g) {
         if (e->kind == NV_DIRECTORY)
             enter(g, e);
     }
+    return NV_STOP_END; /* the caller has closed it */
 }
