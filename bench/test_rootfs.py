@@ -27,6 +27,7 @@ from floors import GROWTH_LIMIT, TREE_PEAK_LIMIT
 from nitro_vsock import EnclaveArgsWriter, Rootfs, measure
 from nitro_vsock.cli import child, contest, senders
 from nitro_vsock.cli.contest import Entrant
+from nitro_vsock.trees import AHEAD, STAGE_BYTES
 
 TAR_SOCAT = "tar | socat"
 TARFILE = "tarfile"
@@ -220,7 +221,9 @@ def test_peak_memory_by_size_of_files(benchmark, unix, folder, tree, quick):
     found = {size: int(median(of)) for size, of in peaks.items()}
     benchmark.extra_info.update(files=made.files, peak_by_size_of_files=found)
     assert max(found.values()) <= TREE_PEAK_LIMIT
-    assert found[tree.made.size] - found[made.size] <= GROWTH_LIMIT
+    # A quick tree with small files has fewer pieces than may be made ahead.
+    unused = AHEAD * STAGE_BYTES if quick else 0
+    assert found[tree.made.size] - found[made.size] <= GROWTH_LIMIT + unused
 
 
 def test_one_large_file_in_a_directory(race, figure, unix, folder, quick):

@@ -23,6 +23,7 @@ PASST = shutil.which("passt")
 @contextlib.contextmanager
 def host(uds, archive, *argv, options=(), **more):
     """Run the command; Ctrl-C reaches it, whatever started this."""
+    more.setdefault("env", ENVIRONMENT)
     process = subprocess.Popen(
         [
             *(*COMMAND, "host", f"--cid={CID}", f"--uds-path={uds}", f"--rootfs={archive}"),
@@ -31,7 +32,6 @@ def host(uds, archive, *argv, options=(), **more):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
         start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         **more,
@@ -137,6 +137,44 @@ def test_deadline_of_the_program_exits_125(uds, archive_of):
         _, err = process.communicate(timeout=LIMIT)
     assert process.returncode == 125
     assert "the program has not ended" in err
+
+
+def test_deadline_after_a_signal_exits_125(uds, archive_of):
+    """--stop-timeout, for a program that does not obey."""
+    archive, options = archive_of("stubborn"), ["--stop-timeout=0.2"]
+    with host(uds, archive, "/bin/stubborn", options=options) as process:
+        with boot(uds, misbehave="ignore-sigterm"):
+            assert process.stdout.readline() == "ready\n"
+            process.send_signal(signal.SIGTERM)
+            _, err = process.communicate(timeout=20)
+    assert process.returncode == 125
+    assert "the program has not ended after SIGTERM" in err
+
+
+def test_console_is_shown_on_stderr(uds, archive_of):
+    """--console: what the enclave's kernel prints, beside the program's output on stdout."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as console:
+        console.bind(f"{uds}_{CID + 10000}")
+        console.listen()
+        console.settimeout(LIMIT)
+        archive = archive_of("hello")
+        with host(uds, archive, "/bin/hello", options=["--console"]) as process:
+            with console.accept()[0] as sock:
+                sock.sendall(b"Linux version\n")
+                await_line(process, "Linux version")
+                with boot(uds):
+                    out, _ = process.communicate(timeout=LIMIT)
+    assert (process.returncode, out) == (0, "hello\ntrouble\n")
+
+
+def test_output_on_stdout_is_the_program_s_alone(uds, archive_of):
+    """Even with --json: what the command has to say goes to stderr."""
+    options = ["--json"]
+    with host(uds, archive_of("hello"), "/bin/hello", options=options) as process:
+        with boot(uds, die_at="exited"):
+            out, err = process.communicate(timeout=LIMIT)
+    assert (process.returncode, out) == (125, "hello\ntrouble\n")
+    assert "error: " in err
 
 
 def test_enclave_fd_is_watched(uds, archive_of):
@@ -264,6 +302,29 @@ def test_passt_that_fails_says_why(uds, archive_of):
     assert "the connection to the network backend broke off" in err
     assert "passt ended with exit code 1: " in err
     assert "unrecognized option '--bogus'" in err
+
+
+@pytest.mark.skipif(PASST is None, reason="passt is not installed: --passt is NOT tested")
+def test_ctrl_c_at_the_terminal_leaves_passt_running(uds, archive_of):
+    """It goes to all processes there: the program ends with its network, not for want of it."""
+    with host(uds, archive_of("polite"), "/bin/polite", options=["--passt"]) as process, boot(uds):
+        assert process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGINT)
+        out, _ = process.communicate(timeout=LIMIT)
+    assert (process.returncode, out) == (0, "bye\n")
+
+
+def test_passt_that_does_not_end_is_killed(uds, archive_of, tmp_path):
+    """After a moment; a stand-in that keeps its socket and ignores everything."""
+    (tmp_path / "passt").write_text("#!/bin/sh\nexec sleep 1000\n")
+    (tmp_path / "passt").chmod(0o755)
+    env = {**ENVIRONMENT, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    archive, options = archive_of("hello"), ["--passt"]
+    with host(uds, archive, "/bin/hello", options=options, env=env) as process, boot(uds):
+        (child,) = children(process.pid)
+        process.communicate(timeout=LIMIT)
+    assert process.returncode == 0
+    assert not os.path.exists(f"/proc/{child}")
 
 
 def children(pid):
