@@ -142,8 +142,9 @@ static void put_member(const struct nv_tar *t, const struct member *m, uint8_t *
     memcpy(block, made, BLOCK);
 }
 
-/* Whether the window has `at`'s header; it is read where it has not. 0 at the end of the file. */
-static int look_at(struct nv_tar *t) {
+/* Fill the window from `at` on. Returns 1; 0 where the file has no whole header there; or what the
+ * system said. */
+static int fill_window(struct nv_tar *t) {
     uint64_t left = t->size - t->at;
     uint64_t want = left < t->room ? left : t->room;
 
@@ -179,7 +180,7 @@ int nv_tar_run(struct nv_tar *t) {
         if (nv_sys_now_ns() >= t->tick_ns)
             return -NV_E_TICK;
         if (!is_in_window(t)) {
-            int ret = t->renames && t->at > began ? 0 : look_at(t);
+            int ret = t->renames && t->at > began ? 0 : fill_window(t);
 
             if (ret <= 0)
                 return ret;

@@ -95,8 +95,6 @@ _OCTAL_SIZE: Final = 8**11
 _LONG: Final = b"././@LongLink"
 _OWNER: Final = b"0000000\0" * 2
 _TIME: Final = b"00000000000\0"
-_TEMPLATES: Final = b"".join(map(ustar.template, (tarfile.REGTYPE, tarfile.DIRTYPE)))
-"""The first in the order of `enum nv_template`."""
 _TRAILER: Final = ustar.header(tarfile.TarInfo("x"))[257:]
 
 _OLD_MAP: Final = slice(386, 482)
@@ -389,7 +387,7 @@ class _Walk:
             payload.length,
             prefix,
             ustar.PREFIX if is_rooted else b"",
-            _TEMPLATES,
+            ustar.TEMPLATES,
             room=_SENT_WINDOW if is_sending else _WINDOW,
         )
         self._symlinks: set[bytes] = set()

@@ -60,14 +60,6 @@ _TYPES: Final = {
     stat.S_IFBLK: tarfile.BLKTYPE,
     stat.S_IFIFO: tarfile.FIFOTYPE,
 }
-_TEMPLATES: Final = b"".join(
-    map(
-        ustar.template,
-        (tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.GNUTYPE_LONGNAME),
-    )
-)
-"""In the order of `enum nv_template`."""
-
 _GONE: Final = {
     errno.ENOENT: "is gone",
     errno.ELOOP: "is a symbolic link now",
@@ -167,7 +159,7 @@ _Step = Union[Gatherer, _Member]
 
 
 def _gatherer() -> Gatherer:
-    return Gatherer(_TEMPLATES, STAGE_BYTES)
+    return Gatherer(ustar.TEMPLATES, STAGE_BYTES)
 
 
 class _Walk:

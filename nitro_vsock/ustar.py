@@ -66,3 +66,12 @@ def template(kind: bytes) -> bytes:
     member = tarfile.TarInfo()
     member.type = kind
     return header(member)[:BLOCK].replace(b"/", b"\0", 1)  # a directory's slash
+
+
+TEMPLATES: Final = b"".join(
+    map(
+        template,
+        (tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.GNUTYPE_LONGNAME),
+    )
+)
+"""What the core fills in, in the order of `enum nv_template`."""
