@@ -6,11 +6,11 @@ BIN := $(VENV)/bin
 CORE := setup.py pyproject.toml $(wildcard csrc/*)
 GCC_LINT := -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
-C_FILES := $(wildcard csrc/*.[ch] nitro_vsock/cli/*.c tests/*.c tests/guest/*.c bench/peers/*.[ch])
+C_FILES := $(wildcard csrc/*.[ch] $(wildcard nitro_vsock/cli/*/*.c) tests/support/*.c tests/support/guest/*.c bench/peers/*.[ch])
 
 KERNEL ?= 6.1
 VM_FOLDER := build/vsock-$(KERNEL)
-VSOCK_TESTS := $(wildcard tests/test_vsock_*.py)
+VSOCK_TESTS := tests/vsock
 
 .PHONY: help demo test test-vsock bench bench-unix bench-quick bench-vsock report lint format clean
 .DELETE_ON_ERROR:

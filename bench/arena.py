@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
-from nitro_vsock.cli import child, contest, senders
-from nitro_vsock.cli.contest import Entrant
+from nitro_vsock.cli.compare import contest, senders
+from nitro_vsock.cli.compare.contest import Entrant
+from nitro_vsock.testing import child
 
 PEERS = Path(__file__).resolve().parent / "peers"
-GUEST = PEERS.parent.parent / "tests" / "guest" / "guest.c"
+GUEST = PEERS.parent.parent / "tests" / "support" / "guest" / "guest.c"
 PORT = 2017
 MIB = 1 << 20
 GIB = 1 << 30
@@ -163,7 +164,9 @@ class Arena:
         return Entrant(name, self._python(strategy or self.strategy, archive.path))
 
     def _python(self, name, path):
-        return child.python_command("nitro_vsock.cli.senders", name, self.address, str(path))
+        return child.python_command(
+            "nitro_vsock.cli.compare.senders", name, self.address, str(path)
+        )
 
     def metered(self, name, *args):
         """Return the command of a peer that does not say itself what it took."""
@@ -230,7 +233,7 @@ def kernel():
 
 def loopback_answers():
     """Return whether CID 1 answers on this kernel."""
-    from nitro_vsock.cli.doctor import loopback_problem
+    from nitro_vsock.testing.loopback import loopback_problem
 
     return hasattr(socket, "AF_VSOCK") and loopback_problem() is None
 

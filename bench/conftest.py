@@ -9,7 +9,7 @@ import pytest
 from arena import GIB, MIB, REFERENCE, Arena, loopback_answers
 from floors import FLOORS
 
-from nitro_vsock.cli import contest
+from nitro_vsock.cli.compare import contest
 
 
 def pytest_addoption(parser):

@@ -18,7 +18,7 @@ from pathlib import Path
 from arena import OURS, PEERS, REFERENCE, SOCAT
 
 from nitro_vsock import EnclaveArgsReader
-from nitro_vsock.cli import child
+from nitro_vsock.testing import child
 
 MTU_HEADER = struct.pack(">I", 1514)
 CID = 2016

@@ -15,7 +15,7 @@ import pytest
 from arena import GIB, MIB, OURS, Archive
 from floors import GROWTH_LIMIT
 
-from nitro_vsock.cli import contest, senders
+from nitro_vsock.cli.compare import contest, senders
 
 IMPORTS = {
     "nothing": "pass",

@@ -11,7 +11,7 @@ from statistics import median
 import pytest
 from arena import GIB, MIB, OURS, PEERS, read_lines
 
-from nitro_vsock.cli import child
+from nitro_vsock.testing import child
 
 SMALL = 10_240
 """Bytes of the archive of a small launch: the smallest tar that GNU tar writes."""

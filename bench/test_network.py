@@ -18,7 +18,7 @@ import pytest
 from arena import GIB, MIB, OURS, REFERENCE, SOCAT
 from network import DIRECT
 
-from nitro_vsock.cli import contest
+from nitro_vsock.cli.compare import contest
 
 WAYS = {"to the guest": "gathered", "from the guest": "single"}
 """How frames are written: by passt as many as 64 KiB hold, by the guest header and frame each."""

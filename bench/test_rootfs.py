@@ -25,9 +25,10 @@ from arena import GIB, MIB, OURS, PEERS, REFERENCE, Archive, compile_tree_refere
 from floors import GROWTH_LIMIT, TREE_PEAK_LIMIT
 
 from nitro_vsock import EnclaveArgsWriter, Rootfs, measure
-from nitro_vsock.cli import child, contest, senders
-from nitro_vsock.cli.contest import Entrant
-from nitro_vsock.trees import AHEAD, STAGE_BYTES
+from nitro_vsock.cli.compare import contest, senders
+from nitro_vsock.cli.compare.contest import Entrant
+from nitro_vsock.rootfs.directory import AHEAD, STAGE_BYTES
+from nitro_vsock.testing import child
 
 TAR_SOCAT = "tar | socat"
 TARFILE = "tarfile"

@@ -9,7 +9,7 @@ import pytest
 from arena import CEILING, GIB, MIB, OURS, REFERENCE, RESIDENT, SOCAT, STANDARD, drop_cache
 from conftest import advantage, times
 
-from nitro_vsock.cli import contest
+from nitro_vsock.cli.compare import contest
 
 ROUNDS = {MIB: 15, 64 * MIB: 11, 256 * MIB: 5, GIB: 7, 4 * GIB: 5}
 FIGURES = {

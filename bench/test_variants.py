@@ -12,7 +12,7 @@ import pytest
 from arena import GIB, MIB, OURS, drop_cache
 from variants import VARIANTS, build
 
-from nitro_vsock.cli.contest import Entrant
+from nitro_vsock.cli.compare.contest import Entrant
 
 ROUNDS = {"unix": 9, "vsock": 3}
 

@@ -12,8 +12,8 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parent.parent
 PARTS = ("csrc", "nitro_vsock")
 STREAM = "csrc/nv_stream.c"
-TRANSPORT = "nitro_vsock/transport.py"
-SOURCES = "nitro_vsock/sources.py"
+TRANSPORT = "nitro_vsock/transport/stream.py"
+SOURCES = "nitro_vsock/rootfs/opened.py"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ VARIANTS = {
     "sndbuf-default": Variant(
         "the kernel's own SO_SNDBUF",
         TRANSPORT,
-        "_lib.enlarge_sndbuf(self._fd, SEND_BUFFER)",
+        "sockets.enlarge_sndbuf(self._fd, SEND_BUFFER)",
         "pass",
     ),
     "sndbuf-16m": Variant(
@@ -67,7 +67,7 @@ VARIANTS = {
     "poll": Variant(
         "poll for room in place of waiting in the kernel",
         TRANSPORT,
-        "_lib.block_briefly(fd, WAIT_IN_KERNEL)",
+        "sockets.block_briefly(fd, WAIT_IN_KERNEL)",
         "pass",
         transports=("vsock",),
     ),
@@ -85,7 +85,7 @@ VARIANTS = {
     ),
     "huge-pages": Variant(
         "huge pages for the staging buffer",
-        "nitro_vsock/_lib.py",
+        "nitro_vsock/core/streams.py",
         f"stage = stack.enter_context({STAGE})",
         f"stage = stack.enter_context({STAGE.replace('STAGE', '4 * STAGE')}); "
         "stage.madvise(mmap.MADV_HUGEPAGE)",

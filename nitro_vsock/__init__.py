@@ -9,15 +9,8 @@ from importlib import import_module
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from nitro_vsock.check import Finding, Measurement, Severity
     from nitro_vsock.deadline import DEFAULT_TIMEOUT, PollTimeout, poll_timeout
-    from nitro_vsock.devices import (
-        Console,
-        NetProxy,
-        OutputProxy,
-        ReturnCode,
-        SignalHandler,
-        WaitStatus,
-    )
     from nitro_vsock.errors import (
         ERRNO_TABLE,
         ArchiveError,
@@ -59,7 +52,34 @@ if TYPE_CHECKING:
         VsockReadError,
         VsockWriteError,
     )
-    from nitro_vsock.frames import (
+    from nitro_vsock.launch import (
+        DeviceProxy,
+        DeviceProxyList,
+        DeviceService,
+        EnclaveArgs,
+        EnclaveArgsReader,
+        EnclaveArgsWriter,
+        Launch,
+        LaunchReport,
+        SessionProxy,
+        measure,
+    )
+    from nitro_vsock.progress import Progress
+    from nitro_vsock.protocol import VMADDR_CID_ANY, FrameId, VsockPortOffset
+    from nitro_vsock.rootfs import Rootfs
+    from nitro_vsock.session import (
+        Console,
+        EnclaveSession,
+        ExitStatus,
+        NetProxy,
+        OutputProxy,
+        ReturnCode,
+        SessionTimeouts,
+        SignalHandler,
+        WaitStatus,
+    )
+    from nitro_vsock.transport import EventLoop, Peer, Relay, Strategy, UnixAddress, VsockAddress
+    from nitro_vsock.wire import (
         AppOutput,
         EnclaveArg,
         ExecArgv,
@@ -72,17 +92,6 @@ if TYPE_CHECKING:
         RootFilesystem,
         RootfsData,
     )
-    from nitro_vsock.loop import EventLoop, Relay
-    from nitro_vsock.measurement import Measurement, measure
-    from nitro_vsock.preflight import Finding, Severity
-    from nitro_vsock.progress import Progress
-    from nitro_vsock.protocol import VMADDR_CID_ANY, FrameId, VsockPortOffset
-    from nitro_vsock.proxies import DeviceProxy, DeviceProxyList, DeviceService, SessionProxy
-    from nitro_vsock.reader import EnclaveArgs, EnclaveArgsReader
-    from nitro_vsock.session import EnclaveSession, ExitStatus, SessionTimeouts
-    from nitro_vsock.sources import Rootfs
-    from nitro_vsock.transport import Peer, Strategy, UnixAddress, VsockAddress
-    from nitro_vsock.writer import EnclaveArgsWriter, Launch, LaunchReport
 
 __all__ = [
     # the host's side
@@ -180,21 +189,16 @@ __all__ = [
     "GuestRuleError",
 ]
 
-_MODULES = (
-    "deadline",
+_ROOMS = (
     "errors",
-    "frames",
-    "progress",
     "protocol",
-    "proxies",
-    "sources",
+    "deadline",
+    "progress",
+    "wire",
     "transport",
-    "writer",
-    "reader",
-    "preflight",
-    "measurement",
-    "loop",
-    "devices",
+    "rootfs",
+    "launch",
+    "check",
     "session",
 )
 """Where the names are; the cheaper to import, the earlier."""
@@ -202,7 +206,7 @@ _MODULES = (
 
 def __getattr__(name: str) -> object:
     if name in __all__:
-        for module in _MODULES:
+        for module in _ROOMS:
             found = vars(import_module(f"{__name__}.{module}")).get(name)
             if found is not None:
                 globals()[name] = found

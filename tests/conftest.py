@@ -1,36 +1,22 @@
 """Owns: what every test gets: a short socket path, a rootfs, and the check that nothing leaked."""
 
-import errno
 import gc
 import os
 import signal
-import socket
 import tempfile
 import threading
 
 import pytest
 from archives import Archive, make_tar
+from machine import CID, HAS_LOOPBACK, open_descriptors
 from sessions import Place
 
 from nitro_vsock import EnclaveArgsWriter, Rootfs
 
-pytest_plugins = ["vsock_guest", "programs"]
-
-CID = 16
+pytest_plugins = ["vsock_guest", "programs", "faults"]
 
 
-def has_loopback():
-    """Whether CID 1 answers here: nobody listens, so an answer is a reset."""
-    try:
-        with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as probe:
-            probe.settimeout(2)
-            return probe.connect_ex((1, 9)) == errno.ECONNRESET
-    except OSError:
-        return False
-
-
-HAS_LOOPBACK = has_loopback()
-collect_ignore_glob = [] if HAS_LOOPBACK else ["test_vsock_*.py"]
+collect_ignore_glob = [] if HAS_LOOPBACK else ["vsock"]
 
 
 def pytest_collection_finish():
@@ -75,17 +61,6 @@ def writer(archive):
     return EnclaveArgsWriter(
         Rootfs.from_file(archive.path), "/bin/app", ["/bin/app", "a b"], {"PATH": "/bin", "A": "1"}
     )
-
-
-def open_descriptors():
-    """Return {fd: what it is} of this process."""
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found[int(name)] = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
-            continue  # the listing's own descriptor
-    return found
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,8 @@ from types import SimpleNamespace
 import driver
 import faults
 import pytest
-from conftest import CID
+from command import PROJECT
+from machine import CID
 from nitro_vsock._core import lib
 from peer import READY, connect, handshake
 from stages import STOPS, RawGuest, long_launch
@@ -33,7 +34,9 @@ from nitro_vsock import (
     errors,
 )
 from nitro_vsock.errors import ERRNO_TABLE, Stage
-from nitro_vsock.transport import Listener, UnixAddress, WakeUp
+from nitro_vsock.transport.addresses import UnixAddress
+from nitro_vsock.transport.listener import Listener
+from nitro_vsock.transport.wakeup import WakeUp
 
 HEADER = 74
 """Bytes before the root file system's first, for the arguments of driver.py."""
@@ -600,5 +603,5 @@ def test_exception_is_public_and_documented(cls):
     assert getattr(nitro_vsock, cls.__name__) is cls
     assert cls.__name__ in nitro_vsock.__all__
     assert cls.__doc__
-    documentation = (Path(__file__).parent.parent / "docs" / "errors.md").read_text()
+    documentation = (PROJECT / "docs" / "errors.md").read_text()
     assert cls.__name__ in re.findall(r"`(\w+)`", documentation)

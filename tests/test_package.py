@@ -45,7 +45,7 @@ def test_wheel_made_from_the_sdist_is_abi3_and_has_all_it_needs(built):
     assert "nitro_vsock/cli/__init__.py" in names
     assert [name for name in names if name.startswith("nitro_vsock/_core.") and name[-3:] == ".so"]
     sources = [name for name in names if name.endswith((".c", ".h", ".cdef"))]
-    assert sources == ["nitro_vsock/cli/hello.c"]  # the demonstration's program
+    assert sources == ["nitro_vsock/cli/compare/hello.c"]  # the demonstration's program
     assert not [name for name in names if name.startswith(("csrc", "tests", "bench"))]
 
 
@@ -54,7 +54,8 @@ def test_sdist_has_sources_tests_and_documentation(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for wanted in ("csrc/nv_core.h", "csrc/nv_core.cdef", "tests/peer.py", "LICENSE", "Makefile"):
+    sources = ("csrc/nv_core.h", "csrc/nv_core.cdef", "tests/support/peer.py")
+    for wanted in (*sources, "LICENSE", "Makefile"):
         assert wanted in names
     assert not [name for name in names if name.endswith((".so", ".o", "_core.c", ".pyc"))]
 
@@ -102,26 +103,26 @@ def test_errno_is_read_by_the_system_call_wrappers_only():
             assert not re.search(r"\berrno\b", code), path
 
 
-def test_compiled_core_is_imported_in_one_file_only():
-    """_lib.py is the only importer of the compiled module."""
+def test_compiled_core_is_imported_in_one_room_only():
+    """The room core/ has all importers of the compiled module."""
     importers = {
-        path.name
+        path.parent.name
         for path in PROJECT.glob("nitro_vsock/**/*.py")
         if any(name.startswith("nitro_vsock._core") for name in imports(path))
     }
-    assert importers == {"_lib.py"}
+    assert importers == {"core"}
 
 
 def test_frames_do_no_io():
     """What turns bytes into frames or members, and judges them, imports nothing that does I/O."""
-    for name in ("frames", "guestrules", "members", "guesttree"):
-        for found in imports(PROJECT / f"nitro_vsock/{name}.py"):
-            top = found.split(".")
-            assert top[0] not in {"os", "socket", "time", "select", "io"}
-            assert top[:2] not in (["nitro_vsock", "_lib"], ["nitro_vsock", "transport"])
+    for room in ("wire", "archive"):
+        for path in (PROJECT / "nitro_vsock" / room).glob("*.py"):
+            for found in imports(path):
+                top = found.split(".")
+                assert top[0] not in {"os", "socket", "time", "select", "io"}, path
 
 
 def test_no_module_hides_a_public_name():
     """A name that is a module's too would be the module, once somebody has imported that."""
-    modules = {path.stem for path in Path(nitro_vsock.__file__).parent.glob("*.py")}
+    modules = {path.stem for path in Path(nitro_vsock.__file__).parent.iterdir()}
     assert not modules & set(nitro_vsock.__all__)

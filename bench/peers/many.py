@@ -4,7 +4,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 from nitro_vsock import EnclaveArgsWriter, Rootfs, protocol
-from nitro_vsock.cli import senders
+from nitro_vsock.cli.compare import senders
 
 
 def main(archive, *addresses):

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from nitro_vsock import protocol
-from nitro_vsock.cli import senders
+from nitro_vsock.cli.compare import senders
 
 
 def with_the_package(address, archive, count):

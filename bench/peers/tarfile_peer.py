@@ -20,8 +20,8 @@ import sys
 import tarfile
 from pathlib import Path
 
-from nitro_vsock.cli import senders
-from nitro_vsock.cli.memory import PeakMemory
+from nitro_vsock.cli.compare import senders
+from nitro_vsock.cli.compare.memory import PeakMemory
 
 
 def pack(tree, out, mode):

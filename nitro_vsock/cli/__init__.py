@@ -22,7 +22,7 @@ def main() -> int:
                 "pip install 'nitro_vsock[cli]'\n"
             )
             return 2
-        from nitro_vsock.cli.commands import run
+        from nitro_vsock.cli.main import run
 
         return run(sys.argv[1:])
     except KeyboardInterrupt:

@@ -19,25 +19,107 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import click
+
 from nitro_vsock import errors
-from nitro_vsock.cli import child, samples
-from nitro_vsock.cli.doctor import loopback_problem, strategies
-from nitro_vsock.cli.failures import DemoError
-from nitro_vsock.cli.memory import PeakMemory
-from nitro_vsock.cli.output import Settings, format_bytes, print_note, show_progress
-from nitro_vsock.cli.rootfs import choose_rootfs
-from nitro_vsock.devices import OutputProxy, SignalHandler
+from nitro_vsock.cli.compare import samples
+from nitro_vsock.cli.compare.memory import PeakMemory
+from nitro_vsock.cli.doctor import strategies
+from nitro_vsock.cli.ui import output
+from nitro_vsock.cli.ui.failures import DemoError
+from nitro_vsock.cli.ui.options import EPILOG, LAUNCH_SETTINGS, global_options, timeout_option
+from nitro_vsock.cli.ui.output import Settings, format_bytes, print_note, show_progress
+from nitro_vsock.cli.ui.params import parse_size
+from nitro_vsock.cli.ui.rootfs import choose_rootfs
+from nitro_vsock.launch import DeviceProxyList, EnclaveArgs, EnclaveArgsWriter, Launch, LaunchReport
 from nitro_vsock.protocol import VMADDR_CID_LOCAL
-from nitro_vsock.proxies import DeviceProxyList
-from nitro_vsock.session import EnclaveSession, ExitStatus, SessionTimeouts
-from nitro_vsock.sources import Rootfs
+from nitro_vsock.rootfs import Rootfs
+from nitro_vsock.session import (
+    EnclaveSession,
+    ExitStatus,
+    OutputProxy,
+    SessionTimeouts,
+    SignalHandler,
+)
+from nitro_vsock.testing import child
+from nitro_vsock.testing.loopback import loopback_problem
 from nitro_vsock.transport import Strategy
-from nitro_vsock.writer import EnclaveArgsWriter, Launch, LaunchReport
+
+
+@click.command(epilog=EPILOG, context_settings=LAUNCH_SETTINGS)
+@click.option(
+    "--rootfs",
+    type=click.Path(path_type=Path),
+    metavar="DIR|TAR",
+    help="A directory that is to be /, or a plain tar.  [default: made of Python's standard "
+    "library, and a program]",
+)
+@click.option(
+    "--size",
+    type=parse_size,
+    metavar="SIZE",
+    help="Send an archive of zeros of about this size, such as 64MiB or 4GiB; it takes no space.",
+)
+@timeout_option
+@global_options
+@click.argument("argv", nargs=-1, type=click.UNPROCESSED)
+@click.pass_obj
+def demo(
+    settings: Settings,
+    rootfs: Path | None,
+    size: int | None,
+    timeout: float,
+    argv: tuple[str, ...],
+) -> None:
+    """Do a whole launch on this machine, without an enclave.
+
+    A second process is the guest: it unpacks the root file system and runs a program in it, ARGV
+    with --rootfs. Without ARGV a --rootfs or --size is only sent, to a reader that computes its
+    digest. The guest is reached over AF_VSOCK where loopback answers (module vsock_loopback), else
+    over a Unix socket.
+    """
+    if rootfs is not None and size is not None:
+        raise click.UsageError("--rootfs and --size exclude each other")
+    if argv and rootfs is None:
+        raise click.UsageError("a program needs --rootfs, where it is")
+    outcome = run(settings, rootfs, size, argv, timeout)
+    report, memory, received = outcome.report, outcome.memory, outcome.received
+    grown = f"{output.format_bytes(memory['grown'])} of it during the transfer"
+    if not memory["reset"]:
+        grown += " (more than the peak before it)"
+    output.print_result(
+        settings,
+        {
+            "transport": outcome.transport,
+            "sent": report.as_dict(),
+            "received": received,
+            "sha256": outcome.sha256,
+            "digests_agree": True,
+            "sender_memory": memory,
+            **describe_program(outcome),
+        },
+        [
+            *show_program(outcome),
+            "The guest got",
+            *(f"  {line}" for line in output.describe_args(EnclaveArgs(**received))),
+            "The sender",
+            f"  strategy     {report.strategy}, {report.system_calls:,} system calls",
+            f"  throughput   {output.format_bytes(report.throughput)}/s, to a reader that computes "
+            "SHA-256 of every byte",
+            f"  peak memory  {output.format_bytes(memory['peak'])}, {grown}",
+            f"  sha256       {outcome.sha256}",
+            "The digests agree.",
+        ],
+    )
+
 
 _ARGV: Final = ("/usr/bin/python3", "-c", "print('hello from the enclave')", "a name with spaces")
 """What a launch hands over whose guest runs no program."""
+
 _ENVP: Final = {"PATH": "/usr/local/bin:/usr/bin:/bin", "GREETING": "héllo"}
+
 _FOLDER_ON_DISK: Final = "/var/tmp"  # noqa: S108 - only a place for a TemporaryDirectory
+
 _BLAMES_THE_READER: Final = (
     errors.PeerClosedError,
     errors.VsockWriteError,

@@ -1,4 +1,7 @@
-"""Owns: asking this machine what launches can do on it. Must not know: how a launch works."""
+"""Owns: the command `doctor`: what launches can do on this machine.
+
+Must not know: how it is shown.
+"""
 
 from __future__ import annotations
 
@@ -11,41 +14,31 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
-from nitro_vsock import _lib
-from nitro_vsock.protocol import VMADDR_CID_ANY, VMADDR_CID_LOCAL
+import click
+
+from nitro_vsock.cli.ui import output
+from nitro_vsock.cli.ui.failures import ExitCode
+from nitro_vsock.cli.ui.options import EPILOG, global_options
+from nitro_vsock.core import sockets
+from nitro_vsock.protocol import VMADDR_CID_ANY
+from nitro_vsock.testing.loopback import RESERVED_PORT, has_vsock, loopback_problem
 from nitro_vsock.transport import SEND_BUFFER, FilePayload, choose_strategy
 
-_PORT_ANY: Final = 0xFFFFFFFF
-_PROBE_TIMEOUT: Final = 0.5
-"""Seconds. Loopback answers at once or, where another transport hears the call, never."""
-_RESERVED_PORT: Final = 1
-"""Of no launch: the lowest CID is 3, its lowest port 4."""
+
+@click.command(epilog=EPILOG)
+@global_options
+@click.pass_context
+def doctor(context: click.Context) -> None:
+    """Say what launches can do on this machine.
+
+    Exits with 9 where the kernel has no AF_VSOCK, with 0 elsewhere.
+    """
+    found, lines = examine()
+    output.print_result(context.obj, found, lines)
+    context.exit(ExitCode.OK if found["af_vsock"] else ExitCode.UNSUPPORTED)
+
+
 _ENCLAVES_DEVICE: Final = Path("/dev/nitro_enclaves")
-
-
-def has_vsock() -> bool:
-    """Return whether this kernel makes AF_VSOCK sockets."""
-    try:
-        socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM).close()
-    except OSError:
-        return False
-    return True
-
-
-def loopback_problem() -> str | None:
-    """Return why a connection to CID 1 does not arrive; None where it does."""
-    try:
-        with (
-            socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as listener,
-            socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as client,
-        ):
-            listener.bind((VMADDR_CID_ANY, _PORT_ANY))
-            listener.listen(1)
-            client.settimeout(_PROBE_TIMEOUT)
-            client.connect((VMADDR_CID_LOCAL, listener.getsockname()[1]))
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
 
 
 def strategies(family: int) -> dict[str, str]:
@@ -102,7 +95,7 @@ def _local_cid() -> int | None:
 def _reserved_ports_problem() -> str | None:
     try:
         with socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM) as sock:
-            sock.bind((VMADDR_CID_ANY, _RESERVED_PORT))
+            sock.bind((VMADDR_CID_ANY, RESERVED_PORT))
     except OSError as error:
         # The kernel looks at the privilege first.
         return None if error.errno == errno.EADDRINUSE else error.strerror
@@ -119,7 +112,7 @@ def _wmem_max() -> int | None:
 def _unix_sndbuf() -> int:
     """Return what the kernel makes of the send buffer a launch asks for."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        return _lib.enlarge_sndbuf(sock.fileno(), SEND_BUFFER)
+        return sockets.enlarge_sndbuf(sock.fileno(), SEND_BUFFER)
 
 
 def _lines(found: dict[str, Any]) -> list[str]:

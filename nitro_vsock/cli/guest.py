@@ -11,14 +11,15 @@ from typing import Any, Final
 import click
 
 from nitro_vsock import errors
-from nitro_vsock.cli import output
-from nitro_vsock.cli.options import EPILOG, global_options, host_cid_option
-from nitro_vsock.cli.output import Settings
-from nitro_vsock.cli.waiting import retry
+from nitro_vsock.cli.ui import output
+from nitro_vsock.cli.ui.options import EPILOG, global_options, host_cid_option
+from nitro_vsock.cli.ui.output import Settings
+from nitro_vsock.cli.ui.waiting import retry
 from nitro_vsock.testing.emulator import GuestEmulator
 from nitro_vsock.testing.script import GuestReport, Isolation, Misbehaviour, Point
 
 _TIMEOUT: Final = 3600.0
+
 _STDERR: Final = 2
 
 

@@ -14,9 +14,9 @@ from typing import Any, Final, TypeVar
 import click
 
 from nitro_vsock import errors
-from nitro_vsock.cli import output
-from nitro_vsock.cli.failures import ExitCode
-from nitro_vsock.cli.options import (
+from nitro_vsock.cli.ui import output
+from nitro_vsock.cli.ui.failures import ExitCode
+from nitro_vsock.cli.ui.options import (
     EPILOG,
     LAUNCH_SETTINGS,
     cid_option,
@@ -29,17 +29,27 @@ from nitro_vsock.cli.options import (
     timeout_option,
     uds_option,
 )
-from nitro_vsock.cli.output import Settings
-from nitro_vsock.cli.passt import passt
-from nitro_vsock.devices import Console, NetProxy, OutputProxy, SignalHandler
-from nitro_vsock.proxies import DeviceProxyList
-from nitro_vsock.session import EnclaveSession, ExitStatus, SessionTimeouts
+from nitro_vsock.cli.ui.output import Settings
+from nitro_vsock.cli.ui.passt import passt
+from nitro_vsock.launch import DeviceProxyList
+from nitro_vsock.session import (
+    Console,
+    EnclaveSession,
+    ExitStatus,
+    NetProxy,
+    OutputProxy,
+    SessionTimeouts,
+    SignalHandler,
+)
 
 _Command = TypeVar("_Command", bound=Callable[..., Any])
 
 _STDOUT: Final = 1
+
 _STDERR: Final = 2
+
 _ENDING: Final = b"nitro-vsock: ending the program; Ctrl-C once more ends this command\n"
+
 _BY_SIGNAL: Final = 128
 """A shell's exit code for a program that a signal ended is this much above the signal's number."""
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 _HEAD: Final = struct.Struct("=I")
+
 _MAX_FDS: Final = 4
 
 

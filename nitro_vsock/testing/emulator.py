@@ -19,27 +19,30 @@ from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from nitro_vsock import _lib, errors, protocol
+from nitro_vsock import errors, protocol
+from nitro_vsock.core import Guard, sockets
 from nitro_vsock.deadline import Deadline, Timeout
+from nitro_vsock.launch import EnclaveArgs, EnclaveArgsReader, service_address
 from nitro_vsock.protocol import VsockPortOffset
-from nitro_vsock.reader import EnclaveArgs, EnclaveArgsReader
-from nitro_vsock.sources import FD_MAX, PathLike
 from nitro_vsock.testing import tap
 from nitro_vsock.testing.sandbox import Sandbox
 from nitro_vsock.testing.script import GuestReport, Isolation, Misbehaviour, Point
-from nitro_vsock.transport import Address, Holder, VsockAddress, WakeUp
-from nitro_vsock.writer import service_address
+from nitro_vsock.transport import FD_MAX, Address, Holder, PathLike, VsockAddress, WakeUp
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
 
 CONNECT_TIMEOUT: Final = 5.0
 """Seconds the guest gives a proxy or the return code to connect."""
 
 _INT: Final = struct.Struct("=i")
 """A signal number, a wait status: the machine's own int."""
+
 _ABSURD_MTU: Final = b"\xff\xff\xff\xff"
+
 _STOPPED: Final = 0x137F
+
 _Choice = TypeVar("_Choice", Point, Misbehaviour, Isolation)
 
 
@@ -596,12 +599,12 @@ class _Life:
         """
         address = self._guest._addresses[service]
         ns = min(self._deadline.ns, time.monotonic_ns() + int(CONNECT_TIMEOUT * 1e9))
-        guard = _lib.Guard(Deadline(ns), self._guest._wake_up.fileno())
+        guard = Guard(Deadline(ns), self._guest._wake_up.fileno())
         try:
             if isinstance(address, VsockAddress):
-                fd = _lib.connect_vsock(address.cid, address.port, guard)
+                fd = sockets.connect_vsock(address.cid, address.port, guard)
             else:
-                fd = _lib.connect_unix(os.fsencode(address.path), guard)
+                fd = sockets.connect_unix(os.fsencode(address.path), guard)
         except errors.NitroVsockError as error:
             error.explain(f"{address}, {service.name.lower()}: the real guest tries once, too")
             raise

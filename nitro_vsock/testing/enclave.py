@@ -13,16 +13,19 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final
 
 from nitro_vsock import errors, protocol
-from nitro_vsock.cli.doctor import loopback_problem
 from nitro_vsock.testing.emulator import GuestEmulator
+from nitro_vsock.testing.loopback import loopback_problem
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+
 TRANSPORTS: Final = ("auto", "vsock", "unix")
 
 _FIRST_CID: Final = 5000
+
 _CIDS: Final = 1 << 28
+
 _SPREAD: Final = 5
 """CIDs closer to one another share ports."""
 

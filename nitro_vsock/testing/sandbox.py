@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from nitro_vsock import errors
-from nitro_vsock.cli.child import python_command, start
 from nitro_vsock.testing import control
+from nitro_vsock.testing.child import python_command, start
 from nitro_vsock.testing.unpack import remove_tree
 
 _GRACE: Final = 30.0

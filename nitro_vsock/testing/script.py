@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from nitro_vsock.reader import EnclaveArgs
+from nitro_vsock.launch import EnclaveArgs
 
 
 class Point(str, Enum):

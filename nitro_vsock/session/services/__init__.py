@@ -1,0 +1,1 @@
+"""One file for each service of a session. Knows nothing of a session's phases."""
