@@ -1,4 +1,4 @@
-"""Owns: packing an enclave image (EIF, version 4) and its ramdisks; the same input gives the same bytes.
+"""Owns: packing an enclave image (EIF, version 4) and its ramdisks, reproducibly.
 
 Must not know: what is packed. usage: eif.py OUT KERNEL CMDLINE RAMDISK...   (prints PCR0, 1 and 2)
 """
