@@ -11,7 +11,8 @@ double now(void);
 /* nsm.c: the security module. Without one every call does nothing. */
 bool nsm_open(int (*await)(const char *path));
 void nsm_extend(unsigned pcr, const void *data, size_t size);
-void nsm_extend_pieces(unsigned pcr, const void *data, size_t size); /* one request for each 2 KiB */
+void nsm_extend_pieces(unsigned pcr, const void *data,
+                       size_t size); /* one request for each 2 KiB */
 void nsm_lock(unsigned range);
 void nsm_show(unsigned pcr);
 
