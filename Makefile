@@ -67,10 +67,11 @@ bench-vsock: $(VENV)/.bench $(VENV)/.vm ## the AF_VSOCK ones: here where CID 1 a
 report: $(VENV)/.bench ## docs/performance.md and its pictures from the last `make bench`
 	$(BIN)/python bench/report.py $(RESULTS) docs
 
-lint: $(VENV)/.dev ## types, style, C warnings
+lint: $(VENV)/.dev ## types, style, the rooms' imports, C warnings
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 	$(BIN)/clang-format --dry-run --Werror $(C_FILES)
 	$(foreach file,$(wildcard csrc/*.c bench/peers/*.c),gcc $(GCC_LINT) -fsyntax-only $(file) &&) true
 

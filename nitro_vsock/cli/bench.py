@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import click
@@ -76,5 +77,15 @@ def bench(
             "rounds": rounds,
             "senders": comparison.as_objects(rows),
         },
-        output.describe_rows(rows),
+        _describe(rows),
     )
+
+
+def _describe(rows: Sequence[comparison.Row]) -> list[str]:
+    """Return a comparison as a table: medians, and our rate over each sender's."""
+    head = f"{'sender':24} {'rate':>14} {'cpu s/GiB':>10} {'peak memory':>12} {'auto is':>9}"
+    return [head] + [
+        f"{row.name:24} {output.format_bytes(row.rate) + '/s':>14} {row.cpu_per_gib:>10.3f} "
+        f"{'-' if row.peak is None else output.format_bytes(row.peak):>12} {row.ratio:>8.2f}x"
+        for row in rows
+    ]

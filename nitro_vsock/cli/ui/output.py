@@ -21,7 +21,6 @@ from typing import Any, Final
 import click
 
 from nitro_vsock.check import Finding
-from nitro_vsock.cli.compare.comparison import Row
 from nitro_vsock.cli.ui import failures
 from nitro_vsock.launch import EnclaveArgs
 from nitro_vsock.progress import Progress
@@ -132,16 +131,6 @@ def print_findings(settings: Settings, findings: Sequence[Finding], data: dict[s
 def _visible(text: str) -> str:
     """Return text without what a terminal would act on: an archive's names may be anything."""
     return text if text.isprintable() else repr(text)
-
-
-def describe_rows(rows: Sequence[Row]) -> list[str]:
-    """Return a comparison as a table: medians, and our rate over each sender's."""
-    head = f"{'sender':24} {'rate':>14} {'cpu s/GiB':>10} {'peak memory':>12} {'auto is':>9}"
-    return [head] + [
-        f"{row.name:24} {format_bytes(row.rate) + '/s':>14} {row.cpu_per_gib:>10.3f} "
-        f"{'-' if row.peak is None else format_bytes(row.peak):>12} {row.ratio:>8.2f}x"
-        for row in rows
-    ]
 
 
 def describe_progress(progress: Progress) -> str:
