@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CORE := setup.py pyproject.toml $(wildcard csrc/*)
 GCC_LINT := -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
-C_FILES := $(wildcard csrc/*.[ch] $(wildcard nitro_vsock/cli/*/*.c) tests/support/*.c tests/support/guest/*.c tests/enclave/*/*.[ch] bench/peers/*.[ch])
+C_FILES := $(wildcard csrc/*.[ch] $(wildcard nitro_vsock/cli/*/*.c) tests/support/*.c tests/support/guest/*.c tests/enclave/guest/*.[ch] bench/peers/*.[ch])
 
 KERNEL ?= 6.1
 VM_FOLDER := build/vsock-$(KERNEL)

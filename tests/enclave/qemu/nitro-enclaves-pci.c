@@ -1,25 +1,22 @@
 /*
- * Owns: the PCI device that the kernel's nitro_enclaves driver talks to, for testing launchers
- * without AWS: slots, memory, vCPUs, start, stop. Must not know what an image has in it: on start
- * it writes the image, as it lies in the memory that was handed over, to a file and runs a command;
- * when the command ends, the enclave is gone and the driver is told.
+ * Owns: the PCI device that the kernel's nitro_enclaves driver talks to, for testing launchers without AWS: slots, memory,
+ * vCPUs, start, stop. Must not know what an image has in it: on start it writes the image, as it lies in the memory that
+ * was handed over, to a file and runs a command; when the command ends, the enclave is gone and the driver is told.
  *
- * -device
- * nitro-enclaves,dir=DIR[,command=SHELL][,regions=N][,fail-command=N,fail-errno=E[,fail-after=K]]
- * The command gets EIF, CID, DEBUG, MEMORY and VCPUS in its environment. Without one the enclave
- * runs until it is stopped. `regions` is how many memory regions an enclave may have. The three
- * `fail-` say that from the K-th on (0 is the first) command N of the driver is answered with errno
- * E. They can be changed while it runs: by QMP's qom-set, and from inside the parent by three
- * 32-bit registers at 0x800, 0x804 and 0x808 of BAR 3 (mapped from sysfs, with iomem=relaxed on the
+ * -device nitro-enclaves,dir=DIR[,command=SHELL][,regions=N][,fail-command=N,fail-errno=E[,fail-after=K]]
+ * The command gets EIF, CID, DEBUG, MEMORY and VCPUS in its environment. Without one the enclave runs until it is stopped.
+ * `regions` is how many memory regions an enclave may have. The three `fail-` say that from the K-th on (0 is the first)
+ * command N of the driver is answered with errno E. They can be changed while it runs: by QMP's qom-set, and from inside
+ * the parent by three 32-bit registers at 0x800, 0x804 and 0x808 of BAR 3 (mapped from sysfs, with iomem=relaxed on the
  * kernel's command line); writing the first begins the count anew.
  *
  * SPDX-License-Identifier: GPL-2.0-or-later
  *
- * This program is free software; you can redistribute it and/or modify it under the terms of the
- * GNU General Public License as published by the Free Software Foundation; either version 2 of the
- * License, or (at your option) any later version. It is built into QEMU and into nothing else of
- * this project.
+ * This program is free software; you can redistribute it and/or modify it under the terms of the GNU General Public License
+ * as published by the Free Software Foundation; either version 2 of the License, or (at your option) any later version.
+ * It is built into QEMU and into nothing else of this project.
  */
+#include "qemu/osdep.h"
 #include "exec/cpu-common.h"
 #include "hw/pci/msix.h"
 #include "hw/pci/pci_device.h"
@@ -27,40 +24,21 @@
 #include "qapi/error.h"
 #include "qemu/bswap.h"
 #include "qemu/module.h"
-#include "qemu/osdep.h"
 #include "system/dma.h"
 
 #define TYPE_NE "nitro-enclaves"
 OBJECT_DECLARE_SIMPLE_TYPE(NeState, NE)
 
 enum { ENABLE = 0, VERSION = 2, COMMAND = 4, EVTCNT = 12, SEND = 0x10, RECV = 0x100, DATA = 240 };
-enum {
-    ENCLAVE_START = 1,
-    ENCLAVE_GET_SLOT,
-    ENCLAVE_STOP,
-    SLOT_ALLOC,
-    SLOT_FREE,
-    SLOT_ADD_MEM,
-    SLOT_ADD_VCPU,
-    SLOT_COUNT,
-    NEXT_SLOT,
-    SLOT_INFO,
-    SLOT_ADD_BULK_VCPUS
-};
-enum {
-    FAIL_COMMAND = 0x800,
-    FAIL_ERRNO = 0x804,
-    FAIL_AFTER = 0x808
-}; /* ours; a real device has nothing there */
+enum { ENCLAVE_START = 1, ENCLAVE_GET_SLOT, ENCLAVE_STOP, SLOT_ALLOC, SLOT_FREE, SLOT_ADD_MEM, SLOT_ADD_VCPU, SLOT_COUNT, NEXT_SLOT, SLOT_INFO, SLOT_ADD_BULK_VCPUS };
+enum { FAIL_COMMAND = 0x800, FAIL_ERRNO = 0x804, FAIL_AFTER = 0x808 }; /* ours; a real device has nothing there */
 enum { RUNNING = 2, STOPPED = 0xffff, SLOTS = 4, REGIONS = 1024 };
 
 typedef struct {
     uint64_t uid, cid, flags, mem, vcpus, regions;
     uint16_t state;
     GPid child;
-    struct {
-        uint64_t at, size;
-    } region[REGIONS];
+    struct { uint64_t at, size; } region[REGIONS];
     NeState *device;
 } Slot;
 
@@ -75,15 +53,10 @@ struct NeState {
     Slot slot[SLOTS];
 };
 
-struct QEMU_PACKED reply {
-    int32_t rc;
-    uint32_t pad;
-    uint64_t slot_uid, cid, slot_count, mem_regions, mem_size, vcpus, flags;
-    uint16_t state;
-    uint8_t pad1[6];
-};
+struct QEMU_PACKED reply { int32_t rc; uint32_t pad; uint64_t slot_uid, cid, slot_count, mem_regions, mem_size, vcpus, flags; uint16_t state; uint8_t pad1[6]; };
 
-static Slot *find(NeState *s, uint64_t uid) {
+static Slot *find(NeState *s, uint64_t uid)
+{
     for (int i = 0; i < SLOTS; i++) {
         if (s->slot[i].uid == uid && uid) {
             return &s->slot[i];
@@ -92,12 +65,14 @@ static Slot *find(NeState *s, uint64_t uid) {
     return NULL;
 }
 
-static void tell(NeState *s) {
+static void tell(NeState *s)
+{
     s->events++;
     msix_notify(&s->parent, 1);
 }
 
-static void child_ended(GPid pid, int status, void *opaque) {
+static void child_ended(GPid pid, int status, void *opaque)
+{
     Slot *slot = opaque;
     g_spawn_close_pid(pid);
     if (slot->child == pid) {
@@ -107,7 +82,8 @@ static void child_ended(GPid pid, int status, void *opaque) {
     }
 }
 
-static bool take(NeState *s, Slot *slot, uint64_t offset, void *to, uint64_t size) {
+static bool take(NeState *s, Slot *slot, uint64_t offset, void *to, uint64_t size)
+{
     for (uint64_t i = 0; size && i < slot->regions; i++) {
         uint64_t have = slot->region[i].size;
         if (offset >= have) {
@@ -123,7 +99,8 @@ static bool take(NeState *s, Slot *slot, uint64_t offset, void *to, uint64_t siz
     return !size;
 }
 
-static bool save_image(NeState *s, Slot *slot, const char *path) {
+static bool save_image(NeState *s, Slot *slot, const char *path)
+{
     enum { AT = 8 << 20, HEADER = 548 };
     uint8_t head[HEADER];
     uint64_t size = HEADER;
@@ -140,7 +117,8 @@ static bool save_image(NeState *s, Slot *slot, const char *path) {
     return take(s, slot, AT, image, size) && g_file_set_contents(path, image, size, NULL);
 }
 
-static int32_t start(NeState *s, Slot *slot, uint64_t cid, uint64_t flags) {
+static int32_t start(NeState *s, Slot *slot, uint64_t cid, uint64_t flags)
+{
     g_autofree char *path = g_strdup_printf("%s/enclave-%" PRIu64 ".eif", s->dir, slot->uid);
     if (!save_image(s, slot, path)) {
         return -EINVAL;
@@ -151,16 +129,13 @@ static int32_t start(NeState *s, Slot *slot, uint64_t cid, uint64_t flags) {
     if (s->command) {
         char *argv[] = {(char *)"/bin/sh", (char *)"-c", s->command, NULL};
         g_auto(GStrv) env = g_get_environ();
-        g_autofree char *c = g_strdup_printf("%" PRIu64, slot->cid),
-                        *m = g_strdup_printf("%" PRIu64, slot->mem),
-                        *v = g_strdup_printf("%" PRIu64, slot->vcpus);
+        g_autofree char *c = g_strdup_printf("%" PRIu64, slot->cid), *m = g_strdup_printf("%" PRIu64, slot->mem), *v = g_strdup_printf("%" PRIu64, slot->vcpus);
         env = g_environ_setenv(env, "EIF", path, true);
         env = g_environ_setenv(env, "CID", c, true);
         env = g_environ_setenv(env, "MEMORY", m, true);
         env = g_environ_setenv(env, "VCPUS", v, true);
         env = g_environ_setenv(env, "DEBUG", flags & 1 ? "1" : "0", true);
-        if (!g_spawn_async(s->dir, argv, env, G_SPAWN_DO_NOT_REAP_CHILD, NULL, NULL, &slot->child,
-                           NULL)) {
+        if (!g_spawn_async(s->dir, argv, env, G_SPAWN_DO_NOT_REAP_CHILD, NULL, NULL, &slot->child, NULL)) {
             return -EIO;
         }
         g_child_watch_add(slot->child, child_ended, slot);
@@ -168,7 +143,8 @@ static int32_t start(NeState *s, Slot *slot, uint64_t cid, uint64_t flags) {
     return 0;
 }
 
-static void stop(Slot *slot) {
+static void stop(Slot *slot)
+{
     if (slot->child) {
         kill(slot->child, SIGTERM);
         slot->child = 0;
@@ -176,7 +152,8 @@ static void stop(Slot *slot) {
     slot->state = STOPPED;
 }
 
-static void obey(NeState *s, uint32_t command) {
+static void obey(NeState *s, uint32_t command)
+{
     struct reply r = {0};
     uint64_t uid = ldq_le_p(s->send), a = ldq_le_p(s->send + 8), b = ldq_le_p(s->send + 16);
     Slot *slot = find(s, uid);
@@ -254,7 +231,8 @@ static void obey(NeState *s, uint32_t command) {
     msix_notify(&s->parent, 0);
 }
 
-static uint64_t bar_read(void *opaque, hwaddr at, unsigned size) {
+static uint64_t bar_read(void *opaque, hwaddr at, unsigned size)
+{
     NeState *s = opaque;
     uint64_t value = 0;
     if (at == ENABLE) {
@@ -271,7 +249,8 @@ static uint64_t bar_read(void *opaque, hwaddr at, unsigned size) {
     return value;
 }
 
-static void bar_write(void *opaque, hwaddr at, uint64_t value, unsigned size) {
+static void bar_write(void *opaque, hwaddr at, uint64_t value, unsigned size)
+{
     NeState *s = opaque;
     if (at == ENABLE) {
         s->enable = value;
@@ -292,14 +271,12 @@ static void bar_write(void *opaque, hwaddr at, uint64_t value, unsigned size) {
 }
 
 static const MemoryRegionOps bar_ops = {
-    .read = bar_read,
-    .write = bar_write,
-    .endianness = DEVICE_LITTLE_ENDIAN,
-    .valid = {.min_access_size = 1, .max_access_size = 8},
-    .impl = {.min_access_size = 1, .max_access_size = 8},
+    .read = bar_read, .write = bar_write, .endianness = DEVICE_LITTLE_ENDIAN,
+    .valid = {.min_access_size = 1, .max_access_size = 8}, .impl = {.min_access_size = 1, .max_access_size = 8},
 };
 
-static void realize(PCIDevice *pci, Error **errp) {
+static void realize(PCIDevice *pci, Error **errp)
+{
     NeState *s = NE(pci);
     s->next_cid = 16;
     if (!s->dir) {
@@ -315,7 +292,8 @@ static void realize(PCIDevice *pci, Error **errp) {
     msix_vector_use(pci, 1);
 }
 
-static void unrealize(PCIDevice *pci) {
+static void unrealize(PCIDevice *pci)
+{
     NeState *s = NE(pci);
     for (int i = 0; i < SLOTS; i++) {
         stop(&s->slot[i]);
@@ -329,7 +307,8 @@ static const Property properties[] = {
     DEFINE_PROP_UINT32("regions", NeState, max_regions, 64),
 };
 
-static void class_init(ObjectClass *class, void *data) {
+static void class_init(ObjectClass *class, void *data)
+{
     PCIDeviceClass *pci = PCI_DEVICE_CLASS(class);
     pci->realize = realize;
     pci->exit = unrealize;
@@ -340,24 +319,19 @@ static void class_init(ObjectClass *class, void *data) {
     device_class_set_props(DEVICE_CLASS(class), properties);
 }
 
-static void instance_init(Object *object) {
+static void instance_init(Object *object)
+{
     NeState *s = NE(object);
-    object_property_add_uint32_ptr(object, "fail-command", &s->fail_command,
-                                   OBJ_PROP_FLAG_READWRITE);
+    object_property_add_uint32_ptr(object, "fail-command", &s->fail_command, OBJ_PROP_FLAG_READWRITE);
     object_property_add_uint32_ptr(object, "fail-errno", &s->fail_errno, OBJ_PROP_FLAG_READWRITE);
     object_property_add_uint32_ptr(object, "fail-after", &s->fail_after, OBJ_PROP_FLAG_READWRITE);
 }
 
 static const TypeInfo info = {
-    .name = TYPE_NE,
-    .parent = TYPE_PCI_DEVICE,
-    .instance_size = sizeof(NeState),
-    .instance_init = instance_init,
+    .name = TYPE_NE, .parent = TYPE_PCI_DEVICE, .instance_size = sizeof(NeState), .instance_init = instance_init,
     .class_init = class_init,
     .interfaces = (InterfaceInfo[]){{INTERFACE_CONVENTIONAL_PCI_DEVICE}, {}},
 };
 
-static void register_types(void) {
-    type_register_static(&info);
-}
+static void register_types(void) { type_register_static(&info); }
 type_init(register_types)
