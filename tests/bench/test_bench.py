@@ -27,6 +27,7 @@ from command import (
     run,
     started,
 )
+from left_out import install, leave_out, needs_tool
 from machine import CID, HAS_LOOPBACK
 from peer import READY, U64, Parser, handshake, wait_until
 
@@ -424,7 +425,7 @@ def test_sender_delivers_the_one_stream(name, archive, guest_path):
     assert said["peak"] > 1 << 20
 
 
-@pytest.mark.skipif(SOCAT is None, reason="socat is not installed, so it was NOT compared")
+@needs_tool("socat")
 def test_socat_delivers_the_one_stream(archive, guest_path, tmp_path):
     """It sends a file that holds the whole stream; its peak would be that of its starter."""
     wire = tmp_path / "wire"
@@ -565,12 +566,7 @@ def test_ceiling_delivers_the_one_stream(peers, archive, guest_path, tmp_path, m
     "program",
     [
         "reference",
-        pytest.param(
-            "reference-rust",
-            marks=pytest.mark.skipif(
-                RUSTC is None, reason="rustc is not installed, so reference.rs was NOT compiled"
-            ),
-        ),
+        pytest.param("reference-rust", marks=needs_tool("rustc")),
     ],
 )
 def test_reference_delivers_the_one_stream(peers, archive, guest_path, program):
@@ -585,7 +581,7 @@ def test_tree_reference_delivers_the_archive_it_packs(peers, guest_path, tmp_pat
     """The stand-in that packs a directory sends that archive whole, under rootfs/."""
     program = runpy.run_path(str(BENCH / "arena.py"))["compile_tree_reference"](tmp_path)
     if program is None:
-        pytest.skip("no cargo or crate tar here, so tree_reference.rs was NOT compiled")
+        leave_out("cargo and the crate tar", install("cargo"))
     tree = tmp_path / "tree"
     (tree / "etc").mkdir(parents=True)
     (tree / "etc" / "name").write_bytes(os.urandom(5000))
