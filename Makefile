@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 CORE := setup.py pyproject.toml $(wildcard csrc/*)
 GCC_LINT := -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wconversion -Wshadow -Wstrict-prototypes -Werror
 
-C_FILES := $(wildcard csrc/*.[ch] $(wildcard nitro_vsock/cli/*/*.c) tests/support/*.c tests/support/guest/*.c bench/peers/*.[ch])
+C_FILES := $(wildcard csrc/*.[ch] $(wildcard nitro_vsock/cli/*/*.c) tests/support/*.c tests/support/guest/*.c tests/enclave/*/*.[ch] bench/peers/*.[ch])
 
 # A worker for each core, but no crowd: tests that measure a delay share the machine.
 SUITE := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadgroup
@@ -16,7 +16,7 @@ KERNEL ?= 6.1
 VM_FOLDER := build/vsock-$(KERNEL)
 VSOCK_TESTS := tests/vsock
 
-.PHONY: help demo test test-often test-vsock bench bench-unix bench-quick bench-vsock report lint format clean
+.PHONY: help demo test test-often test-vsock test-enclave bench bench-unix bench-quick bench-vsock report lint format clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -45,6 +45,10 @@ PYTEST_BENCH := -m pytest -p no:cacheprovider --override-ini=addopts= --strict-m
   -W default::pytest_benchmark.logger.PytestBenchmarkWarning
 RESULTS := build/bench
 NOW = $(shell date +%s)
+
+test-enclave: $(VENV)/.test ## the tests in an emulated Nitro enclave; the first run makes its bed, 6 minutes
+	scripts/enclave-bed
+	$(BIN)/python -m pytest tests/enclave $(ARGS)
 
 bench: $(VENV)/.bench $(VENV)/.vm ## every benchmark beside its peers, AF_VSOCK too; writes docs/performance.md
 	rm -rf $(RESULTS)

@@ -1,8 +1,12 @@
 /* Owns: the ready byte, and admission of the peer that sends it among strangers.
- * Must not know: what follows the handshake. */
+ * Knows nothing of: what follows the handshake. */
+#include <errno.h>
+#include <poll.h>
 #include <string.h>
+#include <sys/socket.h>
 
-#include "nv_core.h"
+#include "nv_handshake.h"
+#include "nv_stream.h"
 #include "nv_sys.h"
 
 /* Outcome of looking at one pending connection. */

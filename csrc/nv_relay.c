@@ -1,10 +1,14 @@
 /* Owns: moving bytes between pairs of sockets for as long as nobody is needed.
- * Must not know: frames, who is at either end, why a flow ends. */
-#include "nv_core.h"
+ * Knows nothing of: frames, who is at either end, why a flow ends. */
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/socket.h>
+
+#include "nv_relay.h"
 #include "nv_sigpipe.h"
 #include "nv_sys.h"
-
-#include <string.h>
 
 /* Most of one splice; no pipe holds more. */
 #define PIPE_MOST (1u << 20)

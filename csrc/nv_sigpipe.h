@@ -1,7 +1,11 @@
 /* Owns: keeping SIGPIPE from a thread that calls what cannot be told MSG_NOSIGNAL.
- * Must not know: which call that is. */
+ * Knows nothing of: which call that is. */
 #ifndef NV_SIGPIPE_H
 #define NV_SIGPIPE_H
+
+#include <errno.h>
+#include <signal.h>
+#include <time.h>
 
 #include "nv_sys.h"
 

@@ -1,7 +1,13 @@
 /* Owns: moving bytes through a connected socket by the chosen way, and exact progress.
- * Must not know: frames, addresses, who chose the way. */
-#include "nv_core.h"
+ * Knows nothing of: frames, addresses, who chose the way. */
+#include <errno.h>
+#include <fcntl.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+
 #include "nv_sigpipe.h"
+#include "nv_stream.h"
 #include "nv_sys.h"
 
 /* Upper bound of one system call. It bounds the time away from deadline and cancel, also on a

@@ -1,5 +1,5 @@
 /* Owns: one inline wrapper per system call; the only place that reads errno.
- * Must not know: why a call is made. */
+ * Knows nothing of: why a call is made. */
 #ifndef NV_SYS_H
 #define NV_SYS_H
 
@@ -15,6 +15,7 @@
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
+#include <sys/types.h>
 #include <time.h>
 #include <unistd.h>
 

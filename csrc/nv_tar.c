@@ -1,9 +1,11 @@
 /* Owns: running over the ordinary members of a foreign tar; their headers made anew where asked.
- * Must not know: what else a tar can hold and which of it is wanted: there it comes back. */
+ * Knows nothing of: what else a tar can hold and which of it is wanted: there it comes back. */
+#include <errno.h>
+#include <stdint.h>
 #include <string.h>
 
-#include "nv_core.h"
 #include "nv_sys.h"
+#include "nv_tar.h"
 #include "nv_ustar.h"
 
 #define MAGIC_LENGTH 5u

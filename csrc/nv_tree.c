@@ -1,11 +1,14 @@
 /* Owns: looking at directories and gathering what is in them as tar members, many a call.
- * Must not know: sockets, which members are wanted, the archive's frame; header blocks come ready
- * made, only name, mode, size, link target and checksum are filled in. */
+ * Knows nothing of: sockets, which members are wanted, the archive's frame; header blocks come
+ * ready made, only name, mode, size, link target and checksum are filled in. */
+#include <errno.h>
+#include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/stat.h>
 
-#include "nv_core.h"
 #include "nv_sys.h"
+#include "nv_tree.h"
 #include "nv_ustar.h"
 
 #define NAME_MAX_TOTAL 65536u /* no guest opens a path this long */

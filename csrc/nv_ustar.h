@@ -1,5 +1,5 @@
 /* Owns: where the fields of a tar header block lie, and what is written into them.
- * Must not know: members, files. */
+ * Knows nothing of: members, files. */
 #ifndef NV_USTAR_H
 #define NV_USTAR_H
 
@@ -22,6 +22,14 @@
 #define MAGIC_AT 257
 #define PREFIX_AT 345
 #define OCTAL_SIZE_MAX 077777777777u /* what eleven octal digits hold: 8 GiB less one */
+
+/* The header blocks that members are made from, in the caller's memory one after the other. */
+enum nv_template {
+    NV_TEMPLATE_FILE = 0,
+    NV_TEMPLATE_DIRECTORY = 1,
+    NV_TEMPLATE_SYMLINK = 2,
+    NV_TEMPLATE_LONG_NAME = 3
+};
 
 static inline uint64_t padded(uint64_t size) {
     return (size + BLOCK - 1) / BLOCK * BLOCK;

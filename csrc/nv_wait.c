@@ -1,7 +1,11 @@
 /* Owns: waiting to an absolute deadline beside a cancel and a watched descriptor.
- * Must not know: what is waited for. */
-#include "nv_core.h"
+ * Knows nothing of: what is waited for. */
+#include <errno.h>
+#include <poll.h>
+#include <time.h>
+
 #include "nv_sys.h"
+#include "nv_wait.h"
 
 enum { CANCEL, WATCH };
 

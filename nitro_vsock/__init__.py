@@ -87,6 +87,7 @@ if TYPE_CHECKING:
         ExecPath,
         Finished,
         FrameDecoder,
+        Guest,
         Limits,
         NetworkProxy,
         RootFilesystem,
@@ -106,6 +107,7 @@ __all__ = [
     "UnixAddress",
     "DeviceProxy",
     "DeviceProxyList",
+    "Guest",
     # an enclave's life
     "EnclaveSession",
     "SessionTimeouts",

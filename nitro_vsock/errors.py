@@ -405,7 +405,7 @@ def from_errno(
 ) -> NitroVsockError:
     """Build the exception for a positive errno value; the caller raises it.
 
-    Codes of our own (see csrc/nv_core.h) get a plain sentence; what the kernel said is quoted.
+    Codes of our own (see csrc/nv_wait.h) get a plain sentence; what the kernel said is quoted.
     """
     row = find_row(code, stage, source=source)
     own = code in (

@@ -74,7 +74,7 @@ def test_sdist_has_sources_tests_and_documentation(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    sources = ("csrc/nv_core.h", "csrc/nv_core.cdef", "tests/support/peer.py")
+    sources = ("csrc/nv_core.h", "csrc/nv_socket.h", "tests/support/peer.py")
     for wanted in (*sources, "LICENSE", "Makefile"):
         assert wanted in names
     assert not [name for name in names if name.endswith((".so", ".o", "_core.c", ".pyc"))]

@@ -22,9 +22,11 @@ from nitro_vsock.wire.frames import (
     encode_text,
     encode_texts,
 )
+from nitro_vsock.wire.guests import DEFAULT_GUEST, Guest, check_guest
 
 __all__ = [
     "AppOutput",
+    "DEFAULT_GUEST",
     "DEFAULT_LIMITS",
     "EnclaveArg",
     "Event",
@@ -33,11 +35,13 @@ __all__ = [
     "ExecPath",
     "Finished",
     "FrameDecoder",
+    "Guest",
     "Limits",
     "NetworkProxy",
     "RootFilesystem",
     "RootfsData",
     "Text",
+    "check_guest",
     "encode_packets",
     "encode_text",
     "encode_texts",

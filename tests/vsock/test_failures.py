@@ -11,7 +11,6 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import vsock_driver
 from vsock_guest import LOOPBACK, MIB
 
 from nitro_vsock import (
@@ -24,7 +23,7 @@ from nitro_vsock import (
     VsockCidMismatchError,
 )
 
-DRIVER = Path(vsock_driver.__file__)
+DRIVER = Path(__file__).resolve().parent.parent / "support" / "vsock_driver.py"
 WINDOW = 256 << 10
 """Bytes a peer's kernel takes on without its reader: AF_VSOCK's default."""
 

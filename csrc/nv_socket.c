@@ -1,10 +1,15 @@
 /* Owns: sockets before any byte flows: listen, connect, accept, peer identity, buffer size.
- * Must not know: what is said over them. */
-#include <linux/vm_sockets.h>
+ * Knows nothing of: what is said over them. */
+#include <stddef.h>
 #include <string.h>
+#include <sys/socket.h>
+#include <sys/time.h>
 #include <sys/un.h>
 
-#include "nv_core.h"
+/* After sys/socket.h, which kernel headers before 6.5 use without including it. */
+#include <linux/vm_sockets.h>
+
+#include "nv_socket.h"
 #include "nv_sys.h"
 
 #define STREAM_FLAGS (SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC)

@@ -1,0 +1,99 @@
+"""A real passt behind a real enclave's network, in a namespace that leads nowhere."""
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from enclave.trees import launch, writer_of
+
+from nitro_vsock import NetProxy, Rootfs
+
+SIZE = 20 << 20
+ADDRESS, PORT = "10.9.8.7", 4000
+
+SERVER = """
+import socket, sys, zlib
+address, port, size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+server = socket.create_server((address, port))
+server.settimeout(120)
+print("ready", flush=True)
+sock = server.accept()[0]
+sock.settimeout(60)
+got, count = 0, 0
+while count < size:
+    data = sock.recv(1 << 16)
+    if not data:
+        raise SystemExit("ended early")
+    got, count = zlib.crc32(data, got), count + len(data)
+block, sent = bytes(range(256)) * 256, 0
+for number in range(size >> 16):
+    piece = number.to_bytes(8, "big") + block[8:]
+    sent = zlib.crc32(piece, sent)
+    sock.sendall(piece)
+sock.recv(1)
+print(f"sent {got:08x} got {sent:08x}")
+"""
+
+
+def ip(*arguments):
+    """Run `ip`, which must succeed."""
+    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
+
+
+@pytest.fixture
+def space():
+    """A network namespace with an address and a default route to nobody."""
+    for tool in ("passt", "ip"):
+        if shutil.which(tool) is None:
+            pytest.skip(f"{tool} is not installed: the enclave's network was not tested")
+    name = f"nve{os.getpid()}"
+    with contextlib.ExitStack() as stack:
+        try:
+            ip("netns", "add", name)
+            stack.callback(ip, "netns", "del", name)
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("-n", name, "link", "add", "uplink", "type", "veth", "peer", "name", "far")
+        except subprocess.CalledProcessError as error:
+            pytest.skip(
+                f"no network namespaces: the enclave's network was not tested: {error.stderr}"
+            )
+        for link in ("uplink", "far"):
+            ip("-n", name, "link", "set", link, "up")
+        ip("-n", name, "addr", "add", f"{ADDRESS}/24", "dev", "uplink")
+        ip("-n", name, "route", "add", "default", "via", "10.9.8.1", "dev", "uplink")
+        yield name
+
+
+@contextlib.contextmanager
+def process(*command, **options):
+    """A process that is ended in the end."""
+    with subprocess.Popen(command, **options) as started:
+        try:
+            yield started
+        finally:
+            started.kill()
+
+
+def test_tcp_through_passt(real_enclave, tree, space, tmp_path):
+    """20 MiB each way, in frames of the guest's MTU; both ends have the same digests."""
+    inside = ("ip", "netns", "exec", space)
+    server = (*inside, sys.executable, "-c", SERVER, ADDRESS, str(PORT), str(SIZE))
+    path, output = tmp_path / "passt.sock", tmp_path / "output"
+    passt = ("passt", "-f", "-a", "172.31.10.83", "-n", "24", "-g", "172.31.10.1", "--runas", "0")
+    noise = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    with (
+        process(*server, stdout=subprocess.PIPE, text=True) as far,
+        process(*inside, *passt, "-s", str(path), **noise) as backend,
+    ):
+        assert far.stdout.readline() == "ready\n"
+        while "You can now start qemu" not in (line := backend.stderr.readline()):
+            assert line, "passt ended"
+        talk = ("talk", ADDRESS, str(PORT), str(SIZE), "0")
+        proxies = [NetProxy(path)]
+        writer = writer_of(Rootfs.from_directory(tree), *talk, output=str(output), proxies=proxies)
+        status = launch(real_enclave, writer)
+        assert status.returncode == 0, output.read_text()
+        assert far.stdout.read() == output.read_text()
