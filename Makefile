@@ -8,11 +8,15 @@ GCC_LINT := -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wconversion -Wshadow -Wstr
 
 C_FILES := $(wildcard csrc/*.[ch] $(wildcard nitro_vsock/cli/*/*.c) tests/support/*.c tests/support/guest/*.c tests/enclave/guest/*.[ch] bench/peers/*.[ch])
 
+# A worker for each core, but no crowd: tests that measure a delay share the machine.
+SUITE := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadgroup
+N ?= 20
+
 KERNEL ?= 6.1
 VM_FOLDER := build/vsock-$(KERNEL)
 VSOCK_TESTS := tests/vsock
 
-.PHONY: help demo test test-vsock test-enclave bench bench-unix bench-quick bench-vsock report lint format clean
+.PHONY: help demo test test-often test-vsock test-enclave bench bench-unix bench-quick bench-vsock report lint format clean
 .DELETE_ON_ERROR:
 
 help: ## list the commands
@@ -27,7 +31,10 @@ demo: $(VENV)/.cli ## one launch on this machine, real bytes, no enclave needed;
 	$(BIN)/nitro-vsock demo $(ARGS)
 
 test: $(VENV)/.test ## the test suite; ARGS="-k name" passes options to pytest
-	$(BIN)/python -m pytest $(ARGS)
+	$(SUITE) $(ARGS)
+
+test-often: $(VENV)/.test ## the suite N times (20), every second time beside a load on all cores
+	$(BIN)/python scripts/test_often.py $(N) $(SUITE) $(ARGS)
 
 test-vsock: $(VENV)/.vm ## the AF_VSOCK tests: here where CID 1 answers, else in a VM; KERNEL=6.1 or 6.12
 	VNG=$(BIN)/vng KERNEL=$(KERNEL) scripts/with-loopback $(VM_FOLDER) $(BIN)/python -m pytest \

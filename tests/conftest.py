@@ -13,24 +13,21 @@ from sessions import Place
 
 from nitro_vsock import EnclaveArgsWriter, Rootfs
 
-pytest_plugins = ["vsock_guest", "programs", "faults"]
+pytest_plugins = ["vsock_guest", "programs", "faults", "left_out"]
 
 
 collect_ignore_glob = [] if HAS_LOOPBACK else ["vsock"]
+
+
+def pytest_configure():
+    """Take SIGINT as at a terminal: a shell starts what runs behind it with SIGINT ignored."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish():
     """Spare the collections of `nothing_leaks` what importing has made; it stays anyway."""
     gc.collect()
     gc.freeze()
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Say what this run did not show."""
-    if not HAS_LOOPBACK:
-        terminalreporter.write_line(
-            "AF_VSOCK was not tested: no loopback here. Run `make test-vsock`.", yellow=True
-        )
 
 
 @pytest.fixture

@@ -11,8 +11,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from build.env import DefaultIsolatedEnv
+from pyproject_hooks import quiet_subprocess_runner
 
 import nitro_vsock
+from build import ProjectBuilder
 
 PROJECT = Path(__file__).resolve().parent.parent
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))
@@ -29,9 +32,26 @@ def run(*command, cwd):
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory):
-    """A folder with the sdist, and the wheel made from that sdist (not from the work tree)."""
+    """A folder with the sdist, and the wheel made from that sdist (not from the work tree).
+
+    Both are made in one environment that has what pyproject.toml asks for and nothing else.
+    """
     folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--outdir", folder, PROJECT, cwd=folder)
+    with DefaultIsolatedEnv() as environment:
+
+        def builder(source):
+            return ProjectBuilder.from_isolated_env(
+                environment, source, runner=quiet_subprocess_runner
+            )
+
+        project = builder(PROJECT)
+        environment.install(project.build_system_requires)
+        environment.install(project.get_requires_for_build("sdist"))
+        (folder / "source").mkdir()
+        run("tar", "-xf", project.build("sdist", folder), cwd=folder / "source")
+        (source,) = (folder / "source").iterdir()
+        environment.install(builder(source).get_requires_for_build("wheel"))
+        builder(source).build("wheel", folder)
     return folder
 
 
@@ -61,27 +81,24 @@ def test_sdist_has_sources_tests_and_documentation(built):
 
 
 def test_sdist_installs_and_imports_in_an_environment_of_its_own(built, tmp_path):
-    """The sdist builds, the library imports with cffi alone, and knows its version."""
-    (sdist,) = built.glob("*.tar.gz")
-    venv.create(tmp_path / "env", with_pip=True)
+    """Its wheel installs, the library imports with cffi alone, and knows its version."""
+    (wheel,) = built.glob("*.whl")
+    venv.create(tmp_path / "env")
     python = tmp_path / "env" / "bin" / "python"
-    run(python, "-m", "pip", "install", "--quiet", sdist, cwd=tmp_path)
-    said = run(
-        python,
-        "-W",
-        "error",
-        "-c",
+    pip = (sys.executable, "-m", "pip", "--python", python)
+    run(*pip, "install", "--quiet", wheel, cwd=tmp_path)
+    code = (
         "import nitro_vsock, sys, importlib.metadata as m;"
-        "print(nitro_vsock.__file__, m.version('nitro_vsock'), 'click' in sys.modules)",
-        cwd=tmp_path,
+        "print(nitro_vsock.__file__, m.version('nitro_vsock'), 'click' in sys.modules)"
     )
+    said = run(python, "-W", "error", "-c", code, cwd=tmp_path)
     path, version, clicked = said.split()
     assert Path(path).is_relative_to(tmp_path)
     assert version == "0.1.0"
     assert clicked == "False"
-    listed = run(python, "-m", "pip", "list", "--format=freeze", cwd=tmp_path)
+    listed = run(*pip, "list", "--format=freeze", cwd=tmp_path)
     installed = {line.partition("==")[0].lower() for line in listed.split()}
-    assert installed - {"pip", "setuptools"} == {"nitro_vsock", "cffi", "pycparser"}
+    assert installed == {"nitro_vsock", "cffi", "pycparser"}
 
 
 def imports(path):

@@ -7,7 +7,6 @@ import json
 import os
 import pty
 import re
-import shutil
 import signal
 import socket
 import struct
@@ -30,6 +29,7 @@ from command import (
     send_args,
     started,
 )
+from left_out import needs_root, needs_tool
 from machine import CID, HAS_LOOPBACK
 from peer import Guest, connect, handshake, wait_until
 from vectors.tars import tar_of
@@ -468,12 +468,11 @@ def test_doctor_says_what_the_machine_can_do():
         assert word in plain.stdout
 
 
+@needs_root
+@needs_tool("setpriv", "util-linux")
 def test_doctor_tells_where_ports_are_reserved():
     """Without the capability, ports up to 1023 are refused."""
-    setpriv = shutil.which("setpriv")
-    if os.geteuid() != 0 or setpriv is None:
-        pytest.skip("needs root and setpriv, to give the capability up")
-    drop = [setpriv, "--bounding-set=-net_bind_service", "--inh-caps=-net_bind_service"]
+    drop = ["setpriv", "--bounding-set=-net_bind_service", "--inh-caps=-net_bind_service"]
     found = json.loads(run("doctor", "--json", command=[*drop, *COMMAND]).stdout)
     assert found["reserved_ports_problem"] == "Permission denied"
 

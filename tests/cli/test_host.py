@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -11,13 +10,13 @@ import sys
 
 import pytest
 from command import COMMAND, ENVIRONMENT, LIMIT, await_line
+from left_out import needs_tool
 from machine import CID
 from session_guest import SessionGuest
 
 from nitro_vsock.testing import GuestEmulator
 
 FRAME = (60).to_bytes(4, "big") + bytes(range(60))
-PASST = shutil.which("passt")
 
 
 @contextlib.contextmanager
@@ -279,7 +278,7 @@ def test_wrong_usage_exits_2(uds, options, said):
     assert said in done.stderr
 
 
-@pytest.mark.skipif(PASST is None, reason="passt is not installed: --passt is NOT tested")
+@needs_tool("passt")
 def test_passt_is_started_and_ends_with_the_command(uds, archive_of):
     """It runs while the program does, and no longer."""
     with host(uds, archive_of("polite"), "/bin/polite", options=["--passt"]) as process:
@@ -292,7 +291,7 @@ def test_passt_is_started_and_ends_with_the_command(uds, archive_of):
     assert not os.path.exists(f"/proc/{child}")
 
 
-@pytest.mark.skipif(PASST is None, reason="passt is not installed: --passt is NOT tested")
+@needs_tool("passt")
 def test_passt_that_fails_says_why(uds, archive_of):
     """An option it does not know."""
     options = ["--passt", "--passt-arg=--bogus"]
@@ -304,7 +303,7 @@ def test_passt_that_fails_says_why(uds, archive_of):
     assert "unrecognized option '--bogus'" in err
 
 
-@pytest.mark.skipif(PASST is None, reason="passt is not installed: --passt is NOT tested")
+@needs_tool("passt")
 def test_ctrl_c_at_the_terminal_leaves_passt_running(uds, archive_of):
     """It goes to all processes there: the program ends with its network, not for want of it."""
     with host(uds, archive_of("polite"), "/bin/polite", options=["--passt"]) as process, boot(uds):

@@ -25,6 +25,7 @@ import pytest
 import trees
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from left_out import AS_ROOT, leave_out, needs_root, needs_tool
 from machine import CID
 from peer import Guest, GuestError
 from trees import build, fifo, file, folder, link, symlink
@@ -299,7 +300,7 @@ def test_devices_keep_their_numbers(root):
         os.mknod(f"{root}/c", stat.S_IFCHR | 0o622, os.makedev(1, 3))
         os.mknod(f"{root}/b", stat.S_IFBLK | 0o660, os.makedev(259, 1048575))
     except PermissionError:
-        pytest.skip("making devices is for root: device members were NOT tested")
+        leave_out("root, to make devices", AS_ROOT)
     with tarfile.open(fileobj=io.BytesIO(packed(root))) as tar:
         found = {m.name: (m.type, m.devmajor, m.devminor) for m in tar}
     assert found["rootfs/c"] == (tarfile.CHRTYPE, 1, 3)
@@ -453,10 +454,10 @@ def set_acl(path, mode, nobody):
     except OSError as error:
         if error.errno != errno.EOPNOTSUPP:
             raise
-        pytest.skip("no access control lists on this file system: they were NOT tested")
+        leave_out("access control lists in TMPDIR", "TMPDIR on ext4, xfs or btrfs")
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root: access control lists were NOT tested")
+@needs_root
 @pytest.mark.parametrize(
     ("name", "mode", "nobody", "is_denied"),
     [
@@ -483,13 +484,11 @@ def test_access_control_list_counts_and_not_the_mode(root, uds, name, mode, nobo
     assert attempt() is True
 
 
+@needs_root
+@needs_tool("strace")
 def test_walk_of_root_opens_no_file_that_everybody_may_read(root, tmp_path):
     """100,000 files would be opened twice; a system call trace shows who is opened."""
     build(root, {b"etc/shadow": file(b"secret", 0o600), b"etc/hosts": file(b"hosts")})
-    if os.geteuid() != 0:
-        pytest.skip("the walk of another user opens all: the walk of root was NOT tested")
-    if shutil.which("strace") is None:
-        pytest.skip("needs strace: that root's walk opens little was NOT tested")
     walk = "import sys; from nitro_vsock import Rootfs; Rootfs.from_directory(sys.argv[1]).length"
     trace = tmp_path / "trace"
     subprocess.run(

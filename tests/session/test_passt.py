@@ -10,6 +10,7 @@ import threading
 
 import pytest
 from command import PROJECT
+from left_out import AS_ROOT, TUN, TUN_HOW, install, leave_out
 
 from nitro_vsock import NetProxy
 
@@ -96,11 +97,11 @@ def pump_binary(tmp_path_factory):
 @pytest.fixture
 def namespaces():
     """Two network namespaces: the host's with an address and a default route, and the guest's."""
-    for tool in ("passt", "ip"):
+    for tool, package in (("passt", "passt"), ("ip", "iproute2")):
         if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed: the network was not tested with a real backend")
-    if not os.access("/dev/net/tun", os.W_OK):
-        pytest.skip("no tap devices here: the network was not tested with a real backend")
+            leave_out(tool, install(package))
+    if not os.access(TUN, os.W_OK):
+        leave_out(TUN, TUN_HOW)
     host, guest = f"nvh{os.getpid()}", f"nvg{os.getpid()}"
     with contextlib.ExitStack() as stack:
         try:
@@ -110,7 +111,7 @@ def namespaces():
                 run("ip", "-n", name, "link", "set", "lo", "up")
             run("ip", "-n", host, "link", "add", "uplink", "type", "veth", "peer", "name", "far")
         except subprocess.CalledProcessError as error:
-            pytest.skip(f"no network namespaces here: {error.stderr.strip()}")
+            leave_out(f"network namespaces ({error.stderr.strip()})", AS_ROOT)
         for link in ("uplink", "far"):
             run("ip", "-n", host, "link", "set", link, "up")
         run("ip", "-n", host, "addr", "add", f"{HOST_ADDRESS}/24", "dev", "uplink")

@@ -5,7 +5,6 @@ The host between them is a pump of this file's, so that what is shown is the gue
 
 import contextlib
 import os
-import shutil
 import socket
 import struct
 import subprocess
@@ -13,6 +12,7 @@ import tempfile
 import threading
 
 import pytest
+from left_out import needs_root, needs_tool, needs_tun
 from machine import CID
 from peer import wait_until
 from scripted_host import NET, OUTPUT, ScriptedHost, exactly, until_end
@@ -22,11 +22,7 @@ from nitro_vsock.testing import GuestEmulator, tap
 COUNT = int(os.environ.get("NITRO_VSOCK_TEST_TRANSFER", 32 << 20))
 GATEWAY = "172.31.10.1"
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("passt") is None, reason="NOT TESTED: passt is not installed"),
-    pytest.mark.skipif(not os.path.exists("/dev/net/tun"), reason="NOT TESTED: no /dev/net/tun"),
-    pytest.mark.skipif(os.geteuid() != 0, reason="NOT TESTED: needs root"),
-]
+pytestmark = [needs_tool("passt"), needs_tun, needs_root]
 
 
 class Echo(threading.Thread):

@@ -13,6 +13,7 @@ import tempfile
 import threading
 
 import pytest
+from left_out import leave_out, needs_root, needs_tun
 from machine import CID
 from peer import wait_until
 from scripted_host import NET, OUTPUT, SIGNAL, ScriptedHost, exactly, until_end
@@ -44,17 +45,14 @@ def can(user, *command):
 def need_user_namespaces(user):
     """Skip, and say so, where a user gets none or cannot run this very Python."""
     if not can(user, "unshare", "-Urmpf", "--mount-proc", "true"):
-        pytest.skip(f"NOT TESTED: {user} gets no user namespaces here")
+        leave_out(f"user namespaces for {user}", "sysctl kernel.unprivileged_userns_clone=1")
     code = "import nitro_vsock.testing.emulator as e, subprocess as s, sys; "
     code += "s.run([sys.executable, '-c', 'import cffi'], check=True)"
     if not can(user, sys.executable, "-c", code):
-        pytest.skip(f"NOT TESTED: {user} may not run {sys.executable}")
+        leave_out(f"a Python that {user} may run", OPEN_PYTHON)
 
 
-needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="NOT TESTED: needs root")
-needs_tun = pytest.mark.skipif(
-    not os.path.exists("/dev/net/tun"), reason="NOT TESTED: this machine has no /dev/net/tun"
-)
+OPEN_PYTHON = "make clean, then make test PYTHON=/usr/bin/python3, in a folder that all may enter"
 
 
 LIBC_SIGNALS = 0b11 << 31
