@@ -70,6 +70,22 @@ int nv_recv(int fd, uint8_t *buf, uint64_t length, const struct nv_wait *w, uint
     }
 }
 
+int64_t nv_send_now(int fd, const uint8_t *buf, uint64_t length) {
+    return nv_sys_send(fd, buf, (size_t)min_u64(length, SLICE), MSG_DONTWAIT | MSG_NOSIGNAL);
+}
+
+int64_t nv_recv_now(int fd, uint8_t *buf, uint64_t length) {
+    return nv_sys_recv(fd, buf, (size_t)min_u64(length, SLICE), MSG_DONTWAIT);
+}
+
+int nv_poll_now(int fd, int events) {
+    struct pollfd one = {.fd = fd, .events = (short)events};
+    struct timespec now = {0};
+    int ret = nv_sys_ppoll(&one, 1, &now);
+
+    return ret > 0 ? one.revents : ret;
+}
+
 /* The kernel's ways of saying "not this way between these two descriptors". */
 static int is_refusal(int64_t ret) {
     return ret == -EINVAL || ret == -ENOSYS || ret == -EOPNOTSUPP || ret == -ESPIPE ||

@@ -51,4 +51,16 @@ int nv_send_from(int fd, struct nv_source *s, const struct nv_wait *w, struct nv
  * Returns 0. */
 int nv_recv(int fd, uint8_t *buf, uint64_t length, const struct nv_wait *w, uint64_t *got);
 
+/* Send what a socket takes at once, also one that blocks. Raises no SIGPIPE. Returns the bytes it
+ * took, or -EAGAIN. */
+int64_t nv_send_now(int fd, const uint8_t *buf, uint64_t length);
+
+/* Receive what has come, also from a socket that blocks. Returns the bytes, 0 at end of stream, or
+ * -EAGAIN. */
+int64_t nv_recv_now(int fd, uint8_t *buf, uint64_t length);
+
+/* Look at a descriptor without waiting. Returns its poll events, 0 where none of those asked for is
+ * there. */
+int nv_poll_now(int fd, int events);
+
 #endif

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from nitro_vsock import errors
 from nitro_vsock._core import ffi, lib
-from nitro_vsock.core.calls import Guard, drive
+from nitro_vsock.core.calls import Guard, drive, retry
 from nitro_vsock.progress import Meter
 
 STAGE_BYTES: Final = 1 << 20
@@ -108,3 +108,31 @@ def receive(fd: int, view: memoryview, guard: Guard, meter: Meter) -> int:
     if code:
         raise _failed(code, meter)
     return int(got[0])
+
+
+def send_now(fd: int, data: bytes | memoryview) -> int:
+    """Send what a socket takes without waiting, whether it blocks or not; return the count.
+
+    Raises OSError: BlockingIOError where it takes nothing now.
+    """
+    with ffi.from_buffer("uint8_t[]", data) as view:
+        length = len(view)
+        return retry(lambda: int(lib.nv_send_now(fd, view, length)))
+
+
+def receive_now(fd: int, view: memoryview) -> int:
+    """Receive what has come without waiting, whether the socket blocks or not; return the count.
+
+    0 stands for the end of the stream. Raises OSError: BlockingIOError where nothing has come.
+    """
+    with ffi.from_buffer("uint8_t[]", view, require_writable=True) as buffer:
+        length = len(buffer)
+        return retry(lambda: int(lib.nv_recv_now(fd, buffer, length)))
+
+
+def poll_now(fd: int, events: int) -> int:
+    """Return which of a descriptor's poll events are there, without waiting.
+
+    Raises OSError where the kernel does not let us look.
+    """
+    return retry(lambda: int(lib.nv_poll_now(fd, events)))

@@ -23,14 +23,17 @@ from nitro_vsock.progress import Progress
 from nitro_vsock.rootfs import OpenRootfs, Rootfs
 from nitro_vsock.transport import PathLike, Strategy
 from nitro_vsock.wire import (
+    DEFAULT_GUEST,
     AppOutput,
     EnclaveArg,
     ExecArgv,
     ExecEnvp,
     ExecPath,
+    Guest,
     NetworkProxy,
     RootFilesystem,
     Text,
+    check_guest,
     encode_packets,
     encode_text,
     encode_texts,
@@ -52,6 +55,9 @@ class EnclaveArgsWriter:
         rootfs: the root file system.
         args: the other frames, in the order they are sent.
         proxies: those given, for an `EnclaveSession`.
+        guest: the guest this launch is for.
+        network_proxy: whether the guest is asked to connect to the network service.
+        app_output: whether the guest is asked to send the program's output.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class EnclaveArgsWriter:
         proxies: Iterable[DeviceProxy] | None = None,
         network_proxy: bool = False,
         app_output: bool = False,
+        guest: Guest | str = DEFAULT_GUEST,
     ) -> None:
         """Check and encode the arguments.
 
@@ -76,10 +83,12 @@ class EnclaveArgsWriter:
             proxies: their frames are added.
             network_proxy: the guest is to connect to the network service.
             app_output: the guest is to send the program's output.
+            guest: the guest in the enclave's image, or its name. See `Guest`.
 
         Raises:
             InvalidArgumentError: names the field, the value and the limit.
         """
+        self.guest = check_guest(guest)
         self.proxies = DeviceProxyList(proxies or ())
         argv_bytes = encode_texts("argv", argv)
         envp_bytes = encode_texts("envp", _environment(envp))
@@ -105,6 +114,8 @@ class EnclaveArgsWriter:
         argv_str: str,
         envp_str: str,
         proxies: DeviceProxyList,
+        *,
+        guest: Guest | str = DEFAULT_GUEST,
     ) -> EnclaveArgsWriter:
         """Build what the reference's `EnclaveArgsWriter::new` builds from the same arguments.
 
@@ -117,6 +128,7 @@ class EnclaveArgsWriter:
             argv_str: the arguments in one string.
             envp_str: the environment in one string.
             proxies: their frames are added.
+            guest: see `EnclaveArgsWriter`.
 
         Raises:
             InvalidArgumentError: names the field, the value and the limit.
@@ -125,6 +137,7 @@ class EnclaveArgsWriter:
             if not isinstance(value, str):
                 raise InvalidArgumentError(name, value, "must be str")
         writer = cls.__new__(cls)
+        writer.guest = check_guest(guest)
         writer.proxies = DeviceProxyList(proxies)
         writer._setup(
             rootfs if isinstance(rootfs, Rootfs) else Rootfs.from_bytes(rootfs),
@@ -146,9 +159,16 @@ class EnclaveArgsWriter:
         if not isinstance(rootfs, Rootfs):
             raise InvalidArgumentError("rootfs", rootfs, "must be a Rootfs (Rootfs.from_file, ...)")
         self.rootfs = rootfs
+        self.network_proxy = NetworkProxy() in flags
+        self.app_output = AppOutput() in flags
+        sent = dict.fromkeys(flags)
+        if self.guest.frame_5_silences:
+            sent.pop(AppOutput(), None)
+            if not self.app_output:
+                sent[AppOutput()] = None
         # Flags first: the guest spins for ever on a stream that ends after one.
         self.args: tuple[EnclaveArg, ...] = (
-            *dict.fromkeys(flags),
+            *sent,
             ExecPath(path),
             ExecArgv(argv),
             ExecEnvp(envp),

@@ -37,12 +37,6 @@ _BUILT_IN: Final = {
 }
 """Services the session itself has to do with: only these proxies, or subclasses of theirs."""
 
-_FLAGS: Final = {
-    VsockPortOffset.NET: NetworkProxy(),
-    VsockPortOffset.APP_OUTPUT: AppOutput(),
-}
-"""Services that the guest connects to where it was told so only."""
-
 
 def complete(writer: EnclaveArgsWriter) -> list[SessionProxy]:
     """Return the writer's proxies and those that a session always has."""
@@ -68,14 +62,17 @@ def complete(writer: EnclaveArgsWriter) -> list[SessionProxy]:
             limit = f"must be the only proxy for {offset.name.lower()}"
             raise InvalidArgumentError(name, proxy, limit)
         found[offset] = proxy
-    if NetworkProxy() in writer.args and VsockPortOffset.NET not in found:
+    if writer.network_proxy and VsockPortOffset.NET not in found:
         limit = "needs a NetProxy among the proxies: the guest would wait for ever"
         raise InvalidArgumentError("network_proxy", True, limit)
-    for offset, flag in _FLAGS.items():
-        if offset in found and flag not in writer.args:
+    for offset, (flag, is_asked_for) in {
+        VsockPortOffset.NET: (NetworkProxy(), writer.network_proxy),
+        VsockPortOffset.APP_OUTPUT: (AppOutput(), writer.app_output),
+    }.items():
+        if offset in found and not is_asked_for:
             limit = f"its arg() must return {flag}: the guest would not connect"
             raise InvalidArgumentError("proxies", found[offset], limit)
-    if AppOutput() in writer.args and VsockPortOffset.APP_OUTPUT not in found:
+    if writer.app_output and VsockPortOffset.APP_OUTPUT not in found:
         found[VsockPortOffset.APP_OUTPUT] = OutputProxy(output_logger)
     found.setdefault(VsockPortOffset.SIGNAL_HANDLER, SignalHandler())
     found.setdefault(VsockPortOffset.RETURN_CODE, ReturnCode())
