@@ -48,7 +48,7 @@ def test_every_skip_says_how_to_get_the_test():
     assert set(found) == {"left_out.py"}
 
 
-@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["alone", "workers"])
+@pytest.mark.parametrize("workers", [[], ["-n", "1"]], ids=["alone", "workers"])
 def test_run_says_at_its_end_what_it_left_out(tmp_path, workers):
     """One line a need, with the number of tests; what is expected to fail is not left out."""
     (tmp_path / "test_some.py").write_text(SOME_TESTS)

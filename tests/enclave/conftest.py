@@ -10,12 +10,12 @@ import threading
 import pytest
 from enclave.bed import Bed, Machine, short_folder, where
 from enclave.trees import Judge
+from left_out import needs
 
 from nitro_vsock import NitroVsockError
 
 BED = where()
 HERE = os.path.dirname(__file__)
-MISSING = "the emulated enclave was NOT tested: its bed is missing; `make test-enclave` makes it"
 
 
 def pytest_collection_modifyitems(items):
@@ -23,13 +23,7 @@ def pytest_collection_modifyitems(items):
     if BED is None:
         for item in items:
             if str(item.path).startswith(HERE):
-                item.add_marker(pytest.mark.skip(reason=MISSING))
-
-
-def pytest_terminal_summary(terminalreporter):
-    """Say what this run did not show."""
-    if BED is None:
-        terminalreporter.write_line(MISSING, yellow=True, bold=True)
+                item.add_marker(needs(BED, "the emulated enclave's bed", "make test-enclave"))
 
 
 @pytest.fixture(scope="session")

@@ -2,14 +2,17 @@
 
 import contextlib
 import os
-import shutil
 import subprocess
 import sys
 
 import pytest
 from enclave.trees import launch, writer_of
+from left_out import needs_tool
+from network_spaces import namespace
 
 from nitro_vsock import NetProxy, Rootfs
+
+pytestmark = [needs_tool("passt"), needs_tool("ip", "iproute2")]
 
 SIZE = 20 << 20
 ADDRESS, PORT = "10.9.8.7", 4000
@@ -38,32 +41,10 @@ print(f"sent {got:08x} got {sent:08x}")
 """
 
 
-def ip(*arguments):
-    """Run `ip`, which must succeed."""
-    subprocess.run(["ip", *arguments], check=True, capture_output=True, text=True)
-
-
 @pytest.fixture
 def space():
     """A network namespace with an address and a default route to nobody."""
-    for tool in ("passt", "ip"):
-        if shutil.which(tool) is None:
-            pytest.skip(f"{tool} is not installed: the enclave's network was not tested")
-    name = f"nve{os.getpid()}"
-    with contextlib.ExitStack() as stack:
-        try:
-            ip("netns", "add", name)
-            stack.callback(ip, "netns", "del", name)
-            ip("-n", name, "link", "set", "lo", "up")
-            ip("-n", name, "link", "add", "uplink", "type", "veth", "peer", "name", "far")
-        except subprocess.CalledProcessError as error:
-            pytest.skip(
-                f"no network namespaces: the enclave's network was not tested: {error.stderr}"
-            )
-        for link in ("uplink", "far"):
-            ip("-n", name, "link", "set", link, "up")
-        ip("-n", name, "addr", "add", f"{ADDRESS}/24", "dev", "uplink")
-        ip("-n", name, "route", "add", "default", "via", "10.9.8.1", "dev", "uplink")
+    with namespace(f"nve{os.getpid()}", ADDRESS) as name:
         yield name
 
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -10,9 +9,12 @@ import threading
 
 import pytest
 from command import PROJECT
-from left_out import AS_ROOT, TUN, TUN_HOW, install, leave_out
+from left_out import needs_tool, needs_tun
+from network_spaces import namespace
 
 from nitro_vsock import NetProxy
+
+pytestmark = [needs_tool("passt"), needs_tool("ip", "iproute2"), needs_tun]
 
 GUEST_ADDRESS = "172.31.10.83"
 GUEST_MAC = "5a:94:ef:e4:0c:ee"
@@ -97,25 +99,8 @@ def pump_binary(tmp_path_factory):
 @pytest.fixture
 def namespaces():
     """Two network namespaces: the host's with an address and a default route, and the guest's."""
-    for tool, package in (("passt", "passt"), ("ip", "iproute2")):
-        if shutil.which(tool) is None:
-            leave_out(tool, install(package))
-    if not os.access(TUN, os.W_OK):
-        leave_out(TUN, TUN_HOW)
-    host, guest = f"nvh{os.getpid()}", f"nvg{os.getpid()}"
-    with contextlib.ExitStack() as stack:
-        try:
-            for name in (host, guest):
-                run("ip", "netns", "add", name)
-                stack.callback(run, "ip", "netns", "del", name)
-                run("ip", "-n", name, "link", "set", "lo", "up")
-            run("ip", "-n", host, "link", "add", "uplink", "type", "veth", "peer", "name", "far")
-        except subprocess.CalledProcessError as error:
-            leave_out(f"network namespaces ({error.stderr.strip()})", AS_ROOT)
-        for link in ("uplink", "far"):
-            run("ip", "-n", host, "link", "set", link, "up")
-        run("ip", "-n", host, "addr", "add", f"{HOST_ADDRESS}/24", "dev", "uplink")
-        run("ip", "-n", host, "route", "add", "default", "via", "10.9.8.1", "dev", "uplink")
+    pid = os.getpid()
+    with namespace(f"nvh{pid}", HOST_ADDRESS) as host, namespace(f"nvg{pid}") as guest:
         yield host, guest
 
 

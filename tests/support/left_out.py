@@ -6,6 +6,7 @@ Knows nothing of the tests.
 import os
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from machine import HAS_LOOPBACK
@@ -74,6 +75,10 @@ class Summary:
         ]
         if not HAS_LOOPBACK:
             lines.insert(0, "tests/vsock left out, needs AF_VSOCK loopback: make test-vsock")
+        for path in terminalreporter.config.getoption("ignore") or ():
+            lines.insert(
+                0, f"{path} left out, has a command of its own: make test-{Path(path).name}"
+            )
         for line in lines:
             terminalreporter.write_line(line, yellow=True)
 
