@@ -1,17 +1,20 @@
-"""Owns: the entry point, and what it says where the `cli` extra is missing.
+"""Owns: the entry point, and what it says where the command line cannot be loaded.
 
-Must not know: the commands. Imports without click and rich.
+Knows nothing of: the commands. Imports without click and rich.
 """
 
 from __future__ import annotations
 
 import sys
 
+from nitro_vsock.cli.ui import streams
+
 __all__ = ["main"]
 
 
 def main() -> int:
     """Run the command line; return the exit code."""
+    streams.take_over()
     try:
         try:
             import click  # noqa: F401
@@ -22,8 +25,15 @@ def main() -> int:
                 "pip install 'nitro_vsock[cli]'\n"
             )
             return 2
-        from nitro_vsock.cli.main import run
-
+        try:
+            from nitro_vsock.cli.main import run
+        except Exception as error:
+            if "--debug" in sys.argv:
+                raise
+            sys.stderr.write(
+                f"nitro-vsock: error: the package cannot be loaded: {error}; install it again\n"
+            )
+            return 1
         return run(sys.argv[1:])
     except KeyboardInterrupt:
         # Ctrl-C while the modules above load; `run` reports its own.

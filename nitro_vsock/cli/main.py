@@ -50,7 +50,6 @@ def run(args: list[str]) -> int:
     settings = Settings()
     signal.signal(signal.SIGTERM, _terminate)
     logging.basicConfig(format=f"{PROGRAM}: %(levelname)s: %(message)s")
-    output.allow_any_text()
     try:
         # Not cli.main(): that takes every OSError with EPIPE, a PeerClosedError too, for a closed
         # stdout and exits with 1 at once.
@@ -69,6 +68,9 @@ def run(args: list[str]) -> int:
 
 
 def _fail(settings: Settings, error: BaseException) -> int:
+    # A second signal ends the process, and is no error on top of this one.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     output.print_failure(settings, error)
     return failures.exit_code(error)
 

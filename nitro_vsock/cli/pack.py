@@ -8,7 +8,7 @@ import sys
 import click
 
 from nitro_vsock import errors
-from nitro_vsock.cli.ui import output
+from nitro_vsock.cli.ui import output, streams
 from nitro_vsock.cli.ui.options import EPILOG, exclude_option, global_options
 from nitro_vsock.cli.ui.output import Settings
 from nitro_vsock.cli.ui.rootfs import choose_rootfs
@@ -37,6 +37,8 @@ def pack(settings: Settings, rootfs: str, out: str, exclude: tuple[str, ...]) ->
     to_stdout = out == "-"
     if to_stdout:
         settings.json = False  # stdout is the archive's, also where it fails
+        if sys.stdout.fileno() in streams.closed_at_start:
+            raise click.UsageError("stdout is closed: give a file or a pipe")
         if os.isatty(sys.stdout.fileno()):
             raise click.UsageError("an archive is not for a terminal: give a file or a pipe")
     source = choose_rootfs(rootfs, exclude).open()

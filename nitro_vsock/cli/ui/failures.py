@@ -124,11 +124,19 @@ def message(error: BaseException) -> str:
         text = str(error)
         if error.must_terminate_enclave:
             text += "; the enclave holds part of the launch: end it"
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+        if error.filename is not None:
+            text = f"{error.filename!r}: {text}"
     elif isinstance(error, (DemoError, ContestError, OSError)):
         text = str(error)
     else:
         text = f"unexpected {type(error).__name__}: {error}"
-    return " ".join(text.split())
+    # It may quote a name in an archive, or what the other side sent.
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape").decode()
+        for char in " ".join(text.split())
+    )
 
 
 def as_object(error: BaseException) -> dict[str, Any]:

@@ -5,17 +5,16 @@ Must not know: what the commands do. Results go to stdout, everything else to st
 
 from __future__ import annotations
 
-import io
 import json
 import os
+import shutil
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from typing import Any, Final
 
 import click
@@ -27,6 +26,9 @@ from nitro_vsock.progress import Progress
 
 LINE_INTERVAL: Final = 1.0
 """Seconds between two lines of progress where there is no terminal."""
+
+TABLE_COLUMNS: Final = 60
+"""A terminal that has fewer gets lines in place of a table."""
 
 Show = Callable[[Progress], None]
 
@@ -46,7 +48,7 @@ class Settings:
 
 def print_result(settings: Settings, data: dict[str, Any], lines: Iterable[str]) -> None:
     """Print a command's one result: for machines, or for people."""
-    _print(json.dumps(data) if settings.json else "\n".join(lines))
+    click.echo(json.dumps(data) if settings.json else "\n".join(lines))
 
 
 def print_failure(settings: Settings, error: BaseException) -> None:
@@ -55,29 +57,13 @@ def print_failure(settings: Settings, error: BaseException) -> None:
         traceback.print_exception(type(error), error, error.__traceback__)
     print_note(f"error: {failures.message(error)}")
     if settings.json:
-        _print(json.dumps(failures.as_object(error)))
+        with suppress(OSError):  # the line above says what matters more
+            click.echo(json.dumps(failures.as_object(error)))
 
 
 def print_note(text: str) -> None:
     """Print a line beside the result."""
-    _print(f"nitro-vsock: {text}", err=True)
-
-
-def allow_any_text() -> None:
-    """Let text that the streams cannot encode through, escaped."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
-
-
-def _print(text: str, *, err: bool = False) -> None:
-    try:
-        click.echo(text, err=err)
-    except BrokenPipeError:
-        # Whoever read this is gone; that must not end a launch. Nor must the interpreter try to
-        # flush into that pipe at its exit.
-        with Path(os.devnull).open("wb") as nowhere:
-            os.dup2(nowhere.fileno(), 2 if err else 1)
+    click.echo(f"nitro-vsock: {text}", err=True)
 
 
 def format_bytes(count: float) -> str:
@@ -106,8 +92,9 @@ def describe_args(args: EnclaveArgs) -> list[str]:
 
 def print_findings(settings: Settings, findings: Sequence[Finding], data: dict[str, Any]) -> None:
     """Print what a check has found: as JSON, as a table on a terminal, else a line for each."""
-    total = f"{data['errors']:,} errors, {data['warnings']:,} warnings"
-    if settings.json or not sys.stdout.isatty() or not findings:
+    total = f"{_count(data['errors'], 'error')}, {_count(data['warnings'], 'warning')}"
+    columns = shutil.get_terminal_size().columns
+    if settings.json or not sys.stdout.isatty() or not findings or columns < TABLE_COLUMNS:
         lines = [
             f"{found.severity}: {found.code}: {_visible(found.subject)}: {_visible(found.reason)}; "
             f"{found.remedy}"
@@ -120,12 +107,18 @@ def print_findings(settings: Settings, findings: Sequence[Finding], data: dict[s
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("finding", "where", "why, and what to do", caption=total)
+    table = Table(caption=total)
+    for heading in ("finding", "where", "why, and what to do"):
+        table.add_column(heading, overflow="fold")  # nothing of a name is left out
     for found in findings:
         what = Text(str(found.severity), "red" if found.severity == "error" else "yellow")
         why = f"{_visible(found.reason)}\n{found.remedy}"
         table.add_row(what.append(f"\n{found.code}"), *map(Text, (_visible(found.subject), why)))
     Console().print(table)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _visible(text: str) -> str:
