@@ -50,7 +50,6 @@ def test_idle_sessions_never_run(uds):
             assert other.recv(100) == FRAME
             connections.append(opened)
         wait_until(lambda: all(s.stage is Stage.RUN for s in sessions), what="the run phase")
-        # A thread that was woken last is asleep when it has not run for a while.
         wait_until(lambda: is_still(threads), what="silence")
         before = times_on_a_processor(threads)
         time.sleep(SECONDS)
@@ -67,7 +66,13 @@ def test_idle_sessions_never_run(uds):
 
 
 def is_still(threads):
-    """Whether no thread runs within a moment."""
+    """Whether no thread runs within a moment, and none waits for a processor."""
     before = times_on_a_processor(threads)
     time.sleep(0.1)
-    return times_on_a_processor(threads) == before
+    return times_on_a_processor(threads) == before and all(map(is_asleep, threads))
+
+
+def is_asleep(thread):
+    """Whether a thread waits for something else than a processor."""
+    stat = Path(f"/proc/self/task/{thread.native_id}/stat").read_text()
+    return stat.rpartition(") ")[2][0] == "S"

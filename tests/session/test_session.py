@@ -11,11 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import session_guest
-from machine import open_descriptors
-from peer import connect, wait_until
+from machine import SOON, open_descriptors
+from peer import connect, unread, wait_until
 from session_guest import AFTER_FINISHED, BEFORE_FINISHED, INT, POINTS, die, stall
 from sessions import CID, PATIENT, Enclave, Lines, small_writer
 
@@ -39,7 +40,12 @@ from nitro_vsock.core.calls import FOREVER_NS, Guard
 from nitro_vsock.deadline import Deadline
 from nitro_vsock.transport.loop import READABLE, EventLoop
 
-QUICK = SessionTimeouts(launch=0.3, services=0.3, run=0.3, stop=0.3, drain=0.2)
+
+def quick(stage, seconds=0.3):
+    """Return deadlines of which this one comes soon, and all others late."""
+    return replace(PATIENT, **{stage: seconds})
+
+
 SERVICES = {"net": 2, "output": 3, "code": 4, "signal": 5}
 
 
@@ -106,7 +112,7 @@ def test_status_in_single_bytes_is_put_together(place):
     def dribble(guest):
         for byte in INT.pack(768):
             guest.code.sendall(bytes([byte]))
-            wait_until(lambda: not session_guest.select.select([guest.code], [], [], 0)[0])
+            wait_until(lambda: unread(guest.code) == 0, what="the reading")
 
     ended, _ = place.run(guest={"status": b"", "at": {"half": dribble}})
     assert ended.exit_code == 3
@@ -286,8 +292,8 @@ def test_bad_timeouts_are_named(field, value):
 
 
 def test_guest_that_connects_at_once_is_never_refused(place):
-    """To all its ports within a moment of Finished, ten thousand sessions one after another."""
-    check_haste(place, 10_000)
+    """To all its ports within a moment of Finished, a thousand sessions one after another."""
+    check_haste(place, 1000)
 
 
 def check_haste(place, rounds):
@@ -339,9 +345,15 @@ def test_guest_that_vanishes_ends_the_session_in_time(place, point, tmp_path):
             OutputProxy(lambda _: None),
             NetProxy(backend),
             guest={"at": {point: die}, "says": b"one\ntwo"},
-            timeouts=SessionTimeouts(launch=1, services=0.5, run=20, stop=20, drain=0.3),
+            timeouts=SessionTimeouts(
+                launch=0.5 if point in ("connect", "handshake") else 30,
+                services=0.5,
+                run=30,
+                stop=30,
+                drain=0.3,
+            ),
         )
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < SOON
     del big
     kind, stages = expected_without_descriptor(point)
     assert isinstance(error, kind), repr(error)
@@ -383,7 +395,7 @@ def test_dead_enclave_ends_the_session_at_once(place, point, sockets):
             guest={"at": {point: end}, "says": b"one\ntwo"},
             enclave_fd=enclave.fileno(),
         )
-        assert time.monotonic() - began < 2
+        assert time.monotonic() - began < SOON
     if point in BEFORE_FINISHED and sockets == "closed":
         # Which of the two is seen first is chance.
         assert isinstance(error, NitroVsockError)
@@ -418,7 +430,7 @@ def test_enclave_that_dies_after_the_status_changes_nothing(place):
         with place.running(OutputProxy(print), guest=guest) as (session, _):
             began = time.monotonic()
             ended = session.run_sync(enclave_fd=enclave.fileno())
-            assert time.monotonic() - began < 2
+            assert time.monotonic() - began < SOON
     assert (ended.exit_code, ended.output_complete) == (0, False)
 
 
@@ -444,9 +456,9 @@ def test_each_phase_has_its_deadline(place, point, stage):
         SessionTimeoutError,
         OutputProxy(lambda _: None),
         guest={"at": {point: stall}, "says": b"one\ntwo\n", "keeps": ("signal",)},
-        timeouts=QUICK,
+        timeouts=quick(stage, 1.0 if point in ("said", "code", "half") else 0.3),
     )
-    assert 0.2 < time.monotonic() - began < 2
+    assert 0.2 < time.monotonic() - began < SOON
     assert (error.stage, error.errno) == (stage, errno.ETIMEDOUT)
     assert error.must_terminate_enclave
     assert error.last_output == (("one", "two") if point in ("said", "code", "half") else ())
@@ -459,7 +471,7 @@ def test_each_phase_has_its_deadline(place, point, stage):
 @pytest.mark.parametrize("point", BEFORE_FINISHED)
 def test_launch_has_its_deadline(place, point):
     """The errors of `Launch.send`."""
-    error, _ = place.fail(NitroVsockError, guest={"at": {point: stall}}, timeouts=QUICK)
+    error, _ = place.fail(NitroVsockError, guest={"at": {point: stall}}, timeouts=quick("launch"))
     assert isinstance(error, TimeoutError) or point in ("arguments", "rootfs")
 
 
@@ -486,10 +498,13 @@ def test_run_deadline_holds_against_a_guest_that_never_stops_talking(place):
     with open(os.devnull, "wb") as sink:
         began = time.monotonic()
         error, _ = place.fail(
-            SessionTimeoutError, OutputProxy(sink.fileno()), guest={"program": talk}, timeouts=QUICK
+            SessionTimeoutError,
+            OutputProxy(sink.fileno()),
+            guest={"program": talk},
+            timeouts=quick("run"),
         )
     assert error.stage == "run"
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < SOON
 
 
 def test_deadline_holds_where_something_is_always_ready():
@@ -520,7 +535,7 @@ def test_output_held_open_is_waited_for_as_long_as_drain(place):
     guest = {"keeps": ("output",), "says": b"all", "status": 768}
     began = time.monotonic()
     ended, started = place.run(lines.proxy, guest=guest, timeouts=timeouts)
-    assert 0.3 <= time.monotonic() - began < 3
+    assert 0.3 <= time.monotonic() - began < SOON
     assert (ended.exit_code, ended.output_complete, lines) == (3, False, ["all"])
     assert started.answer == bytes(4)
 
@@ -547,7 +562,7 @@ def test_guest_that_never_stops_talking_cannot_hold_the_session(place):
         ended, started = place.run(
             OutputProxy(sink.fileno()), guest=guest, timeouts=SessionTimeouts(drain=0.5)
         )
-        assert time.monotonic() - began < 4
+        assert time.monotonic() - began < SOON
     started.talker.join(20)
     assert talking.is_set()
     assert (ended.exit_code, ended.output_complete) == (0, False)
@@ -601,7 +616,7 @@ def test_target_blocked_for_ever_is_ended_by_terminate(place):
             )
         ).start()
         ended = session.run_sync()
-        assert 0.5 < time.monotonic() - began < 4
+        assert 0.5 < time.monotonic() - began < SOON
     os.close(reading)
     os.close(writing)
     assert (ended.exit_code, ended.output_complete) == (0, False)
@@ -726,7 +741,7 @@ def test_cancel_and_close_end_a_session_at_each_step(place, how, point):
         began = time.monotonic()
         with pytest.raises(NitroVsockError) as caught:
             session.run_sync()
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < SOON
         thread.join()
     kind = {"cancel": "LaunchCancelledError", "close": "ClosedError"}[how]
     assert type(caught.value).__name__ == kind

@@ -4,17 +4,12 @@ Must not know: anything of nitro_vsock.
 """
 
 import contextlib
-import fcntl
 import os
 import socket
 import struct
-import termios
 import threading
 
-from peer import READY, wait_until
-
-SIOCOUTQ = termios.TIOCOUTQ
-"""unix(7): what the other end has not read yet, as memory; 0 when it has read everything."""
+from peer import READY, unread, wait_until
 
 
 def u64(number):
@@ -91,7 +86,7 @@ class Host(threading.Thread):
     def _send(self, connection):
         for piece in self._pieces:
             connection.sendall(piece)
-            wait_until(lambda: _unread(connection) == 0, what="the reading")
+            wait_until(lambda: unread(connection) == 0, what="the reading")
         self.drained.set()
 
     def __enter__(self):
@@ -105,7 +100,3 @@ class Host(threading.Thread):
         self._socket.close()
         os.unlink(self._path)
         assert not self.is_alive(), "the host hangs"
-
-
-def _unread(connection):
-    return struct.unpack("=i", fcntl.ioctl(connection, SIOCOUTQ, b"\0" * 4))[0]

@@ -6,6 +6,11 @@ import socket
 
 CID = 16
 
+SOON = 10.0
+"""Seconds. What is to happen at once has happened by then, on however busy a machine; each deadline
+that it could be mistaken for is later. How quick something is when nothing is in its way, the least
+of several times shows."""
+
 
 def has_loopback():
     """Whether CID 1 answers here: nobody listens, so an answer is a reset."""

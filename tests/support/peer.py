@@ -5,17 +5,20 @@ deployed guest does, and fails where that read is short.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import socket
 import struct
 import sys
+import termios
 import threading
 import time
 from dataclasses import dataclass, field
 
 READY = b"\xb7"
 U64 = struct.Struct("<Q" if sys.byteorder == "little" else ">Q")
+U32 = struct.Struct("=I")
 CHUNK = 1 << 20
 
 
@@ -178,6 +181,11 @@ class Guest(threading.Thread):
         with contextlib.suppress(BaseException):
             self.result()
         return self._error
+
+
+def unread(sock):
+    """Return what the other end of a Unix socket has not read yet, as memory: 0 for nothing."""
+    return U32.unpack(fcntl.ioctl(sock, termios.TIOCOUTQ, bytes(U32.size)))[0]
 
 
 def wait_until(condition, *, timeout=10.0, what="condition"):

@@ -23,7 +23,7 @@ from nitro_vsock import (
 
 CID = 16
 
-PATIENT = SessionTimeouts(launch=30, services=30, run=60, stop=30, drain=10)
+PATIENT = SessionTimeouts(launch=30, services=30, run=60, stop=30, drain=30)
 """For what must not run into a deadline."""
 
 
