@@ -11,6 +11,15 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from nitro_vsock.check import Finding, Measurement, Severity
     from nitro_vsock.deadline import DEFAULT_TIMEOUT, PollTimeout, poll_timeout
+    from nitro_vsock.enclave import (
+        Eif,
+        EifSection,
+        EnclaveMeasurement,
+        SectionType,
+        SigningCertificate,
+        build_eif,
+        measure_image,
+    )
     from nitro_vsock.errors import (
         ERRNO_TABLE,
         ArchiveError,
@@ -21,6 +30,8 @@ if TYPE_CHECKING:
         DeadlineError,
         DuplicateFrameError,
         EarlyEndError,
+        EifError,
+        EifReadError,
         EnclaveDiedError,
         GuestRuleError,
         HandshakeTimeoutError,
@@ -127,6 +138,14 @@ __all__ = [
     "Severity",
     "measure",
     "Measurement",
+    # enclave images
+    "Eif",
+    "EifSection",
+    "SectionType",
+    "SigningCertificate",
+    "EnclaveMeasurement",
+    "measure_image",
+    "build_eif",
     # time
     "PollTimeout",
     "poll_timeout",
@@ -174,6 +193,8 @@ __all__ = [
     "SourceTruncatedError",
     "SourceChangedError",
     "ArchiveError",
+    "EifError",
+    "EifReadError",
     "LaunchCancelledError",
     "EnclaveDiedError",
     "SessionTimeoutError",
@@ -202,6 +223,7 @@ _ROOMS = (
     "launch",
     "check",
     "session",
+    "enclave",
 )
 """Where the names are; the cheaper to import, the earlier."""
 

@@ -259,6 +259,22 @@ class ArchiveError(SourceError, ValueError):
     member: str = ""
 
 
+class EifError(NitroVsockError, ValueError):
+    """An enclave image is malformed, has changed while it was read, or its signature is not valid.
+
+    Attributes:
+        field: which field or section, such as `num_sections` or `section 2 (cmdline)`.
+        offset: bytes from the start of the file to it, or None where no place is to blame.
+    """
+
+    field: str = ""
+    offset: int | None = None
+
+
+class EifReadError(EifError, OSError):
+    """An enclave image, or a file that one is built from, could not be opened or read."""
+
+
 class LaunchCancelledError(NitroVsockError):
     """`cancel()` was called."""
 

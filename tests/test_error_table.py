@@ -572,6 +572,8 @@ BUILT_IN = {
     "PeerClosedError": "ConnectionError",
     "SourceReadError": "OSError",
     "ArchiveError": "ValueError",
+    "EifError": "ValueError",
+    "EifReadError": "OSError",
     "ProtocolError": "ValueError",
     "EarlyEndError": "ConnectionError",
     "SessionTimeoutError": "TimeoutError",

@@ -6,7 +6,7 @@ Must not know: how an archive is parsed, where it comes from.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -53,13 +53,17 @@ class Measurement:
 
         Add the enclave image's own registers (PCR0 to PCR2): without them any image may claim it.
         """
-        registers = {PCR_ROOTFS: self.pcr16, PCR_EXEC: self.pcr17}
-        return {
-            "StringEqualsIgnoreCase": {
-                f"kms:RecipientAttestation:PCR{number}": value.hex()
-                for number, value in registers.items()
-            }
+        return kms_condition({PCR_ROOTFS: self.pcr16, PCR_EXEC: self.pcr17})
+
+
+def kms_condition(registers: Mapping[int, bytes]) -> dict[str, Any]:
+    """Return the `Condition` of a KMS key policy that asks for these values of these registers."""
+    return {
+        "StringEqualsIgnoreCase": {
+            f"kms:RecipientAttestation:PCR{number}": value.hex()
+            for number, value in registers.items()
         }
+    }
 
 
 def measure(args: Iterable[object], rootfs: Rootfs) -> Measurement:

@@ -16,6 +16,7 @@ from nitro_vsock.cli.bench import bench
 from nitro_vsock.cli.check import check
 from nitro_vsock.cli.demo import demo
 from nitro_vsock.cli.doctor import doctor
+from nitro_vsock.cli.eif import eif
 from nitro_vsock.cli.guest import guest
 from nitro_vsock.cli.host import host
 from nitro_vsock.cli.measure import measure
@@ -41,7 +42,7 @@ def cli() -> None:
     """Hand a booting Nitro enclave its root file system, program and environment over vsock."""
 
 
-for _command in (send, receive, pack, demo, bench, doctor, check, measure, host, guest):
+for _command in (send, receive, pack, demo, bench, doctor, check, measure, eif, host, guest):
     cli.add_command(_command)
 
 
