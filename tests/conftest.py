@@ -24,12 +24,6 @@ def pytest_configure():
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_collection_finish():
-    """Spare the collections of `nothing_leaks` what importing has made; it stays anyway."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture
 def uds():
     """Base path of a hybrid vsock, short enough for sun_path."""
@@ -64,6 +58,7 @@ def writer(archive):
 def nothing_leaks():
     """After each test: no descriptor, thread, child or changed signal mask more than before."""
     gc.collect()
+    gc.freeze()  # what pytest keeps of the tests before is not looked through again and again
     before = open_descriptors()
     threads = set(threading.enumerate())
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
