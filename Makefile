@@ -9,7 +9,8 @@ GCC_LINT := -std=c11 -D_GNU_SOURCE -O2 -Wall -Wextra -Wconversion -Wshadow -Wstr
 C_FILES := $(wildcard csrc/*.[ch] $(wildcard nitro_vsock/cli/*/*.c) tests/support/*.c tests/support/guest/*.c tests/enclave/guest/*.[ch] bench/peers/*.[ch])
 
 # A worker for each core, but no crowd: tests that measure a delay share the machine.
-SUITE := $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadgroup --ignore=tests/enclave
+# Tests start a thousand interpreters: none is to compile the package anew.
+SUITE := env -u PYTHONDONTWRITEBYTECODE $(BIN)/python -m pytest --numprocesses=auto --maxprocesses=8 --dist=loadgroup --ignore=tests/enclave
 N ?= 20
 
 KERNEL ?= 6.1

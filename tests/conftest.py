@@ -6,6 +6,7 @@ import signal
 import tempfile
 import threading
 
+import faults
 import pytest
 from archives import Archive, make_tar
 from machine import CID, HAS_LOOPBACK, open_descriptors
@@ -13,7 +14,7 @@ from sessions import Place
 
 from nitro_vsock import EnclaveArgsWriter, Rootfs
 
-pytest_plugins = ["vsock_guest", "programs", "faults", "left_out"]
+pytest_plugins = ["vsock_guest", "programs", "left_out"]
 
 
 collect_ignore_glob = [] if HAS_LOOPBACK else ["vsock"]
@@ -22,12 +23,6 @@ collect_ignore_glob = [] if HAS_LOOPBACK else ["vsock"]
 def pytest_configure():
     """Take SIGINT as at a terminal: a shell starts what runs behind it with SIGINT ignored."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-def pytest_collection_finish():
-    """Spare the collections of `nothing_leaks` what importing has made; it stays anyway."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture
@@ -41,6 +36,12 @@ def uds():
 def guest_path(uds):
     """Where a guest with CID 16 connects for its arguments."""
     return f"{uds}_{CID + 1}"
+
+
+@pytest.fixture(scope="session")
+def shim(tmp_path_factory):
+    """The compiled faults.c, to be preloaded."""
+    return faults.build(tmp_path_factory.getbasetemp())
 
 
 @pytest.fixture
@@ -64,6 +65,7 @@ def writer(archive):
 def nothing_leaks():
     """After each test: no descriptor, thread, child or changed signal mask more than before."""
     gc.collect()
+    gc.freeze()  # what pytest keeps of the tests before is not looked through again and again
     before = open_descriptors()
     threads = set(threading.enumerate())
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())

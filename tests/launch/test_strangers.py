@@ -8,7 +8,6 @@ import threading
 import time
 
 import driver
-import faults
 import pytest
 from machine import CID, SOON
 from peer import READY, Guest, Parser, connect, wait_until
@@ -19,12 +18,6 @@ KEPT = 64
 """Silent connections a gate keeps, NV_GATE_PENDING."""
 
 NONE = {"cid": 0, "ready": 0, "closed": 0, "crowded": 0}
-
-
-@pytest.fixture(scope="session")
-def shim(tmp_path_factory):
-    """The compiled shim."""
-    return faults.build(tmp_path_factory.getbasetemp())
 
 
 def patient(path):

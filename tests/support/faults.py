@@ -7,8 +7,6 @@ import subprocess
 from functools import cache
 from pathlib import Path
 
-import pytest
-
 SOURCE = Path(__file__).with_name("faults.c")
 
 NONE, FAIL, SHORT, BROKEN, STRANGER, CROWD = range(6)
@@ -86,12 +84,6 @@ class Faults:
     def pretend_vsock(self, cid):
         """Back AF_VSOCK by Unix sockets whose peers show this CID."""
         self._lib.faults_pretend_vsock(cid)
-
-
-@pytest.fixture(scope="session")
-def shim(tmp_path_factory):
-    """The compiled shim."""
-    return build(tmp_path_factory.getbasetemp())
 
 
 def plans(action, calls=CALLS, value=0, **more):
