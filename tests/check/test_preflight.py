@@ -601,7 +601,7 @@ def test_check_tells_errors_from_warnings_by_its_exit_code(packed):
     done = run("check", *launch)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[0].startswith("warning: duplicate-member: rootfs/app: ")
-    assert done.stdout.splitlines()[-1] == "0 errors, 1 warnings"
+    assert done.stdout.splitlines()[-1] == "0 errors, 1 warning"
     assert run("check", "--strict", *launch).returncode == 10
     done = run("check", "--memory", "10K", *launch)
     assert done.returncode == 10
