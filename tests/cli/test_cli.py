@@ -578,14 +578,15 @@ def test_demo_ignores_a_folder_of_the_package_s_name(archive, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_interrupted_demo_leaves_nothing(tmp_path):
+def test_interrupted_demo_leaves_nothing(uds):
     """Ctrl-C at a terminal, which reaches the reader too, leaves no process and no file."""
+    folder = Path(uds).parent  # short: the demo's socket lies in it
     with started(
         "demo",
         "--size",
         "1TiB",
         "--json",
-        env={**ENVIRONMENT, "TMPDIR": str(tmp_path)},
+        env={**ENVIRONMENT, "TMPDIR": str(folder)},
         start_new_session=True,
     ) as process:
         await_line(process, "of 1.0 TiB")
@@ -593,7 +594,7 @@ def test_interrupted_demo_leaves_nothing(tmp_path):
         out, err = process.communicate(timeout=LIMIT)
     done = subprocess.CompletedProcess((), process.returncode, out, err)
     assert_failed(done, 130, "KeyboardInterrupt")
-    assert not list(tmp_path.iterdir())
+    assert not list(folder.iterdir())
     with pytest.raises(ProcessLookupError):
         os.killpg(process.pid, 0)
 
