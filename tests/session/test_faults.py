@@ -3,9 +3,7 @@
 import driver
 import faults
 import pytest
-from faults import check_clean, plans, shim
-
-__all__ = ["shim"]
+from faults import check_clean, plans
 
 TIMEOUT = 2.0
 
