@@ -11,11 +11,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from build import ProjectBuilder
 from build.env import DefaultIsolatedEnv
 from pyproject_hooks import quiet_subprocess_runner
 
 import nitro_vsock
-from build import ProjectBuilder
 
 PROJECT = Path(__file__).resolve().parent.parent
 FREE_THREADED = bool(sysconfig.get_config_var("Py_GIL_DISABLED"))

@@ -163,6 +163,8 @@ class EnclaveSession(Holder):
             for proxy in proxies:
                 port = Port(int(proxy.port_offset), proxy.open())
                 stack.callback(port.service.close)
+                if isinstance(port.service, (NetService, ReturnCodeService)):
+                    port.service.guest = writer.guest
                 self._ports.append(port)
             self._launch = writer.listen(
                 cid,

@@ -356,3 +356,15 @@ def test_missing_passt_is_named(uds, archive_of, tmp_path):
     )
     assert done.returncode == 2
     assert "apt-get install passt" in done.stderr
+
+
+@pytest.mark.parametrize(("guest", "code"), [("krun-rust-init", 3), ("krun-1.18", 128 + 3)])
+def test_return_code_means_what_the_named_guest_means(uds, archive_of, guest, code):
+    """The number 3 is an exit code of one guest, and a signal of another."""
+    with host(uds, archive_of("hello"), "/bin/hello", options=("--guest", guest)) as process:
+        started = SessionGuest(uds, CID, status=3)
+        try:
+            process.communicate(timeout=LIMIT)
+        finally:
+            started.finish()
+    assert process.returncode == code

@@ -17,6 +17,7 @@ from sessions import CID, Enclave, is_full, small_writer
 from nitro_vsock import (
     AppOutput,
     EnclaveSession,
+    Guest,
     InvalidArgumentError,
     NetProxy,
     NitroVsockError,
@@ -24,6 +25,7 @@ from nitro_vsock import (
     ProxyError,
     VsockPortOffset,
 )
+from nitro_vsock.session.services import network
 from nitro_vsock.transport.loop import READABLE
 
 MIB = 1 << 20
@@ -54,7 +56,34 @@ def test_largest_frame_within_bounds_is_taken(place, size):
         assert theirs.recv(8, socket.MSG_WAITALL) == frame(b"data")
 
 
-@pytest.mark.parametrize("size", [0, 1, 81, 65550, 1 << 20, 0xFFFFFFFF])
+@pytest.mark.parametrize("mtu", [68, 255, 1500, 4096, 9000, 65520, 65535])
+def test_mtu_in_the_guests_own_byte_order_is_taken_without_being_asked_for(place, mtu):
+    """As guests before libkrun 1.18 say it; the relay takes frames of MTU + 14 bytes then."""
+    with backend_pair() as (ours, theirs):
+        largest = frame(b"x" * (mtu + 14))
+        guest = {"header": struct.pack("=I", mtu), "program": lambda g: g.net.sendall(largest)}
+        with place.running(NetProxy(ours), guest=guest) as (session, _):
+            ours.close()
+            got = []
+            reader = threading.Thread(
+                target=lambda: got.append(theirs.recv(len(largest), socket.MSG_WAITALL))
+            )
+            reader.start()
+            session.run_sync()
+            theirs.shutdown(socket.SHUT_RD)
+            reader.join()
+        assert got == [largest]
+
+
+@pytest.mark.parametrize(
+    ("guest", "frame_bytes"), [(Guest.KRUN_1_18, 65536), (Guest.MSB_KRUN, 256 + 14)]
+)
+def test_mtu_256_which_is_ambiguous_follows_the_guest(guest, frame_bytes):
+    """The one number that both byte orders allow."""
+    assert network._frame_bytes(struct.pack("=I", 256), guest) == frame_bytes
+
+
+@pytest.mark.parametrize("size", [0, 1, 81, 65550, 0x01010101, 0xFFFFFFFF])
 def test_largest_frame_out_of_bounds_is_an_error(place, size):
     """It would be another protocol, or an attack; the error has both numbers."""
     with backend_pair() as (ours, theirs):

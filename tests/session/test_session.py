@@ -24,6 +24,7 @@ from nitro_vsock import (
     Console,
     EnclaveDiedError,
     EnclaveSession,
+    Guest,
     InvalidArgumentError,
     NetProxy,
     NitroVsockError,
@@ -77,6 +78,26 @@ def test_core_dump_is_told(place):
     """The flag beside the signal."""
     ended, _ = place.run(guest={"status": 11 | 0x80})
     assert (ended.signal, ended.core_dumped, ended.exit_code) == (11, True, None)
+
+
+def bare_writer():
+    """A launch for the guest that reports the bare exit code."""
+    return small_writer(guest=Guest.KRUN_RUST_INIT)
+
+
+@pytest.mark.parametrize("code", [0, 3, 9, 127, 255])
+def test_bare_exit_code_is_taken_where_the_guest_reports_one(place, code):
+    """3 is an exit code there, not signal 3."""
+    ended, _ = place.run(writer=bare_writer(), guest={"status": code})
+    assert (ended.exit_code, ended.signal) == (code, None)
+
+
+@pytest.mark.parametrize("said", [256, 768, -1, 1 << 30])
+def test_number_that_is_no_bare_exit_code_is_an_error(place, said):
+    """A wait status, for instance: the image has another guest than was said."""
+    error, _ = place.fail(ReturnCodeError, writer=bare_writer(), guest={"status": said})
+    assert error.errno == errno.EBADMSG
+    assert f"{said:#x}" in str(error)
 
 
 GARBAGE = [0x137F, 0xFFFF, 0x7F, 0x80, 0xFF, 0x0309, 0x10000, -1, -256, 65, 1 << 30]

@@ -20,6 +20,7 @@ from nitro_vsock.deadline import DEFAULT_TIMEOUT
 from nitro_vsock.launch import DeviceProxyList, EnclaveArgsWriter
 from nitro_vsock.protocol import VMADDR_CID_HOST
 from nitro_vsock.rootfs import Rootfs
+from nitro_vsock.wire import DEFAULT_GUEST, Guest
 
 EPILOG: Final = "\b\nExit codes:\n" + "\n".join(
     f"  {code.value:>3}  {text}" for code, text in MEANING.items()
@@ -139,6 +140,13 @@ def launch_options(command: _Command) -> _Command:
             metavar="NAME=VALUE",
             help="A variable for the program; repeat it. The last of a name counts.",
         ),
+        click.option(
+            "--guest",
+            type=click.Choice([guest.name for guest in Guest.published()]),
+            default=DEFAULT_GUEST.name,
+            show_default=True,
+            help="The guest in the enclave's image.",
+        ),
         click.argument("argv", nargs=-1, required=True, type=click.UNPROCESSED),
     )[::-1]:
         command = option(command)
@@ -151,6 +159,7 @@ def make_writer(
     exec_path: str | None,
     env: tuple[tuple[bytes, bytes], ...],
     argv: tuple[str, ...],
+    guest: str,
     *,
     network_proxy: bool = False,
     app_output: bool = False,
@@ -165,6 +174,7 @@ def make_writer(
         exec_path: None stands for argv[0].
         env: names and values.
         argv: of the program.
+        guest: the name of one.
         network_proxy: a flag of the writer.
         app_output: a flag of the writer.
         proxies: of the writer.
@@ -181,4 +191,5 @@ def make_writer(
         network_proxy=network_proxy,
         app_output=app_output,
         proxies=proxies,
+        guest=guest,
     )

@@ -11,11 +11,15 @@ import signal
 import socket
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Final
 
 from nitro_vsock.errors import ReturnCodeError
 from nitro_vsock.protocol import VsockPortOffset
 from nitro_vsock.session.services.receiving import INT, receive
 from nitro_vsock.transport import READABLE, EventLoop
+from nitro_vsock.wire import DEFAULT_GUEST
+
+MAX_EXIT_CODE: Final = 255
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,8 @@ class ReturnCodeService:
 
     def __init__(self) -> None:
         self.status: WaitStatus | None = None
+        self.guest = DEFAULT_GUEST
+        """What the session expects the guest to be: it decides what the number means."""
         self.closed = False
         """The guest has closed its end."""
         self._got = b""
@@ -112,7 +118,18 @@ class ReturnCodeService:
         elif self.status is None:
             self._got += got
             if len(self._got) == INT.size:
-                self.status = WaitStatus(INT.unpack(self._got)[0])
+                self.status = self._decoded(INT.unpack(self._got)[0])
+
+    def _decoded(self, said: int) -> WaitStatus:
+        if not self.guest.bare_exit_code:
+            return WaitStatus(said)
+        if not 0 <= said <= MAX_EXIT_CODE:
+            raise ReturnCodeError(
+                f"the guest reported {said:#x}, which is no exit code: {self.guest} reports 0 to "
+                f"{MAX_EXIT_CODE}",
+                errno=errno.EBADMSG,
+            )
+        return WaitStatus(said << 8)
 
     def answer(self) -> None:
         """Let the guest go down. It waits for four bytes, whatever they are."""

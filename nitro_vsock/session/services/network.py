@@ -17,7 +17,7 @@ from nitro_vsock.errors import InvalidArgumentError, ProxyError, require_int
 from nitro_vsock.protocol import VsockPortOffset
 from nitro_vsock.session.services.receiving import GONE, receive
 from nitro_vsock.transport import READABLE, EventLoop, PathLike, Relay, UnixAddress, wrap_socket
-from nitro_vsock.wire import NetworkProxy
+from nitro_vsock.wire import DEFAULT_GUEST, Guest, NetworkProxy
 
 MIN_FRAME: Final = 14 + 68
 
@@ -26,6 +26,9 @@ MAX_FRAME: Final = 14 + 65535
 to 65535, the most a tap device takes (`linux/if_tun.h`)."""
 
 _FRAME: Final = struct.Struct(">I")
+_NATIVE: Final = struct.Struct("=I")
+_ETHERNET: Final = 14
+"""Bytes of a frame's header, which an MTU does not count."""
 
 
 class NetProxy:
@@ -103,6 +106,21 @@ def _adopt(fd: int) -> socket.socket:
     return backend
 
 
+def _frame_bytes(header: bytes, guest: Guest) -> int:
+    """Return the largest frame that a guest means with the first bytes of its network stream.
+
+    Newer guests say MTU + 14, big-endian; older ones the MTU, in their own byte order. Only one of
+    the two makes sense, but for 65,536: the MTU 256 of an older guest, or 65,522 of a newer one.
+    There the profile decides.
+    """
+    frame = int(_FRAME.unpack(header)[0])
+    mtu = int(_NATIVE.unpack(header)[0])
+    is_native = MIN_FRAME <= mtu + _ETHERNET <= MAX_FRAME
+    if is_native and (guest.native_mtu or not MIN_FRAME <= frame <= MAX_FRAME):
+        return mtu + _ETHERNET
+    return frame
+
+
 class NetService:
     """The network of one session."""
 
@@ -112,6 +130,8 @@ class NetService:
         """Take the backend; it is closed with this, and as blocking as it came."""
         self.frame_bytes = 0
         """The guest's MTU + 14; 0 until it said so."""
+        self.guest = DEFAULT_GUEST
+        """What the session expects the guest to be."""
         self._backend = backend
         self._blocking = os.get_blocking(backend.fileno())
         self._needed = True
@@ -145,7 +165,7 @@ class NetService:
                 "the guest closed its network connection before it said its MTU",
                 errno=errno.ECONNRESET,
             )
-        self.frame_bytes = _FRAME.unpack(self._header)[0]
+        self.frame_bytes = _frame_bytes(self._header, self.guest)
         if not MIN_FRAME <= self.frame_bytes <= MAX_FRAME:
             raise ProxyError(
                 f"the guest's largest frame must be {MIN_FRAME} to {MAX_FRAME} bytes, "
