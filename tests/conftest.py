@@ -9,10 +9,22 @@ import threading
 import faults
 import pytest
 from archives import Archive, make_tar
+from hypothesis import HealthCheck, settings
 from machine import CID, HAS_LOOPBACK, open_descriptors
 from sessions import Place
 
 from nitro_vsock import EnclaveArgsWriter, Rootfs
+
+# Here, since a test takes the profile that is loaded when it is defined.
+# No deadline: a loaded machine is no finding. In CI the same examples in every run.
+settings.register_profile(
+    "nitro_vsock",
+    deadline=None,
+    max_examples=300,
+    derandomize="CI" in os.environ,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("nitro_vsock")
 
 pytest_plugins = ["vsock_guest", "programs", "left_out"]
 

@@ -1,12 +1,11 @@
 """Properties of frames and of the archive check that hold for any input, searched by Hypothesis."""
 
-import os
 import struct
 import tracemalloc
 from itertools import pairwise
 
 import pytest
-from hypothesis import HealthCheck, assume, example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from tar_strategies import broken_archives
 from vectors.walker import check_packets
@@ -28,16 +27,6 @@ from nitro_vsock import (
 )
 from nitro_vsock.archive.rules import TarChecker
 from nitro_vsock.wire.frames import encode_packets
-
-# No deadline: a loaded machine is no finding. In CI the same examples in every run.
-settings.register_profile(
-    "nitro_vsock",
-    deadline=None,
-    max_examples=300,
-    derandomize="CI" in os.environ,
-    suppress_health_check=[HealthCheck.too_slow],
-)
-settings.load_profile("nitro_vsock")
 
 text = st.binary(min_size=1, max_size=40).map(lambda data: data.replace(b"\0", b"0"))
 sized = st.integers(1, 4000).map(lambda size: b"x" * size)
